@@ -1,0 +1,33 @@
+# One virtual environment, .venv, serves the quickstart, the tests and CI.
+#
+#   make quickstart    from a fresh clone to a report: installs, then runs every stage on the bundled task
+#   make test          the whole test suite
+#   make lint          ruff, check and format
+#   make venv          the environment alone
+#
+# Options: PYTHON=python3.12 chooses the interpreter;
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu takes PyTorch without CUDA, a far smaller download.
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+
+.PHONY: venv quickstart test lint
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("$(PYTHON) is Python %d.%d; 3.11 or newer is needed. Set PYTHON=python3.11, say." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install $(addprefix --extra-index-url ,$(TORCH_INDEX)) -c constraints.txt -e '.[test]'
+	@touch $@
+
+quickstart: venv
+	$(VENV)/bin/accelerate launch launch/train.py --config configs/quickstart.yaml
+
+test: venv
+	$(VENV)/bin/python -m pytest
+
+lint: venv
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .

@@ -1,0 +1,273 @@
+"""The typed configuration: one frozen pydantic model per section, one docstring per key.
+
+A key's docstring is its manual: `launch/train.py --help` prints it, so it says meaning and unit.
+
+Left out: rules that tie two or more keys together (`config_rules.py`), the names and types that
+belong to TRL (`trl_keys.py`), YAML and command-line values (`config_loading.py`). A `Config` built
+directly, as in a test, is checked key by key only; `load_config` applies every rule.
+"""
+
+import difflib
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from pipeline.errors import UserError
+
+STAGES = ("prune", "distill", "grpo", "evaluate")
+VERIFIERS = ("exact", "numeric", "gsm8k", "math")
+REWARDS = ("correctness",)
+
+
+class ConfigError(UserError):
+    """Faults in the configuration: every one of them, one a line."""
+
+
+def _in_order(stages: list[str]) -> list[str]:
+    """Accepts stages in the order of `STAGES`, each at most once."""
+    wanted = [name for name in STAGES if name in stages]
+    if stages != wanted:
+        raise PydanticCustomError(
+            "stage_order",
+            "stages run in the order {order}, each once",
+            {"order": ", ".join(STAGES), "remedy": f"set [{', '.join(wanted)}] instead"},
+        )
+    return stages
+
+
+def _known_or_dotted(known: tuple[str, ...]) -> AfterValidator:
+    """Accepts one of `known`, or the dotted path of a function (`my.module:function`)."""
+
+    def check(name: str) -> str:
+        if name in known or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+            return name
+        near = difflib.get_close_matches(name, known, n=1)
+        raise PydanticCustomError(
+            "name",
+            "not a known name, and not a function written my.module:function",
+            {"remedy": f"set {near[0] if near else ' or '.join(known)} instead"},
+        )
+
+    return AfterValidator(check)
+
+
+Dtype = Literal["float32", "bfloat16"]
+Name = Annotated[str, Field(min_length=1)]
+Scope = Literal["matrix", "model"]
+
+
+class _Section(BaseModel):
+    """A part of the configuration: immutable, no silent conversion, no unknown key."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+
+class _TrlSection(_Section):
+    """A part that also takes the names of a TRL config class and hands them on untouched."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @property
+    def trl_values(self) -> dict[str, Any]:
+        """TRL's own keys as they were given: the keyword arguments for its config class."""
+        return dict(self.model_extra or {})
+
+
+class RunConfig(_Section):
+    """The run as a whole."""
+
+    seed: int = Field(42, ge=0, lt=2**32)
+    """Seed of every random choice: data, sampling, training, ties in random masks."""
+    stages: Annotated[
+        list[Literal["prune", "distill", "grpo", "evaluate"]], AfterValidator(_in_order)
+    ] = Field(list(STAGES), min_length=1)
+    """Stages to run, in this order; `--stages a,b` is short for it."""
+
+
+class StudentConfig(_Section):
+    """The model that is pruned."""
+
+    path: Name = "bundled"
+    """Local folder, Hub id, or `bundled`, the small arithmetic Llama that comes along."""
+    revision: Name | None = None
+    """Commit, tag or branch on the Hub; null is the newest."""
+    dtype: Dtype = "float32"
+    """Type of the weights in memory; training needs float32 (bf16 autocast is grpo.bf16)."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model; only for sources you trust."""
+
+
+class TeacherConfig(_Section):
+    """The dense model the student learns from; never trained."""
+
+    path: Name = "bundled"
+    """Local folder, Hub id, or `bundled`; its tokenizer must be the student's."""
+    revision: Name | None = None
+    """Commit, tag or branch on the Hub; null is the newest."""
+    dtype: Dtype = "float32"
+    """Type of the weights in memory; bfloat16 halves the teacher's memory."""
+    micro_batch_size: int = Field(64, ge=1)
+    """Sequences in one teacher forward pass; lower it when memory runs out."""
+
+
+class TaskConfig(_Section):
+    """Where prompts and answers come from, and what counts as correct."""
+
+    path: Name = "bundled"
+    """Local .jsonl file or dataset folder, Hub id, or `bundled`, generated arithmetic prompts."""
+    subset: Name | None = None
+    """Name of the Hub dataset's configuration, for example main for openai/gsm8k."""
+    prompt_column: Name = "prompt"
+    """Column that holds the prompt."""
+    answer_column: Name = "answer"
+    """Column that holds the reference answer."""
+    instruction: str = ""
+    """Text added to each prompt after a blank line; empty adds nothing."""
+    verifier: Annotated[str, _known_or_dotted(VERIFIERS)] = "exact"
+    """exact, numeric, gsm8k, math, or your own function as my.module:function."""
+    num_train: int = Field(20000, ge=1)
+    """Training prompts to generate (bundled task only)."""
+    num_calibration: int = Field(256, ge=1)
+    """Prompts set aside for calibration."""
+    num_probe: int = Field(256, ge=1)
+    """Prompts set aside for judging masks during training."""
+    num_test: int = Field(2000, ge=1)
+    """Held-out prompts for evaluation, the same for all models, at most."""
+
+
+class CalibrationConfig(_Section):
+    """The text on which pruning measures activations and gradients."""
+
+    source: Literal["answers", "teacher"] = "answers"
+    """Completions after the prompts: the task's answers, or the teacher's own greedy ones."""
+    batch_size: int = Field(64, ge=1)
+    """Rows in one calibration forward pass."""
+
+
+class ScoreParts(_Section):
+    """What method mama multiplies the magnitude with; both off leaves plain magnitude."""
+
+    activation: bool = True
+    """Norm of the weight's input activation over the calibration tokens."""
+    movement: bool = True
+    """Movement -g*w from calibration gradients."""
+
+
+class PruneConfig(_Section):
+    """One-shot pruning: the mask and the weights that training starts from."""
+
+    method: Literal["magnitude", "mama", "random", "negative_magnitude"] = "mama"
+    """Criterion that picks the weights to prune; the last two are controls."""
+    sparsity: float = Field(0.9, ge=0, lt=1)
+    """Target of the whole run: fraction of zeros among the prunable weights."""
+    scope: Scope = "matrix"
+    """Reach the fraction in each weight matrix, or over the model as a whole."""
+    redistribution: Literal["none", "proportional", "least_squares"] = "least_squares"
+    """How what the pruned weights contributed is moved onto kept weights of the same layer."""
+    score_parts: ScoreParts = ScoreParts()
+    """Parts of the mama score, for ablations."""
+
+
+class DistillConfig(_TrlSection):
+    """Recovery on the teacher's completions before RL. Takes any key of trl.SFTConfig too."""
+
+    rollouts: int = Field(8192, ge=1)
+    """Teacher completions, sampled once and cached in the run folder."""
+    rollout_temperature: float = Field(1.0, ge=0)
+    """Sampling temperature of the teacher; 0 is greedy."""
+    kl_weight: float = Field(1.0, ge=0)
+    """Weight of KL(teacher || student), in nats per completion token."""
+    ce_weight: float = Field(0.0, ge=0)
+    """Weight of the cross-entropy on the completion's tokens, in nats per token."""
+
+
+class GrpoConfig(_TrlSection):
+    """Reinforcement learning on verified answers. Takes any key of trl.GRPOConfig."""
+
+
+class RewardsConfig(_Section):
+    """What GRPO rewards."""
+
+    functions: list[Annotated[str, _known_or_dotted(REWARDS)]] = Field(
+        ["correctness"], min_length=1
+    )
+    """Rewards per completion: correctness, or your own functions as my.module:function."""
+    weights: list[float] | None = None
+    """One factor per function; null is 1 for each."""
+    teacher_kl_weight: float = Field(0.0, ge=0)
+    """Weight of -(log p_student - log p_teacher), added to each token's advantage."""
+    teacher_kl_clip: float = Field(5.0, gt=0)
+    """Largest absolute value of that log ratio, in nats per token."""
+
+
+class MovementConfig(_Section):
+    """The record of what training does to each weight."""
+
+    half_life_steps: float = Field(100.0, gt=0)
+    """Optimizer steps after which an old step counts half."""
+
+
+class RefineConfig(_Section):
+    """How the mask changes while the student trains."""
+
+    start_sparsity: float | None = Field(None, ge=0, lt=1)
+    """Fraction of zeros training starts with; null is prune.sparsity, 0 is dense."""
+    stages: Annotated[list[Literal["distill", "grpo"]], AfterValidator(_in_order)] = [
+        "distill",
+        "grpo",
+    ]
+    """Stages in which the mask is refined; steps count across them."""
+    begin_step: int = Field(0, ge=0)
+    """Optimizer step of the first refinement."""
+    end_step: int | None = Field(None, ge=1)
+    """Step that reaches prune.sparsity; null is 60 % of the steps of refine.stages."""
+    every_steps: int = Field(10, ge=1)
+    """Optimizer steps between two refinements."""
+    scope: Scope = "matrix"
+    """Reach the fraction in each weight matrix, or over the model as a whole."""
+    regrow_fraction: float = Field(0.0, ge=0, lt=1)
+    """Pruned weights brought back at a refinement, as a fraction of the zeros; decays to 0."""
+    score: Literal["magnitude", "movement", "mix"] = "magnitude"
+    """What ranks the kept weights; the lowest are pruned."""
+    movement_weight: float = Field(0.5, ge=0, le=1)
+    """Share of the movement's rank in score mix; the magnitude's rank has the rest."""
+    protect_steps: int = Field(20, ge=0)
+    """Optimizer steps during which a weight that was brought back is not pruned."""
+    min_density: float = Field(0.01, ge=0, le=1)
+    """Fraction of its weights that each matrix keeps under scope model."""
+
+
+class EvaluateConfig(_Section):
+    """The measurement at the end."""
+
+    batch_size: int = Field(250, ge=1)
+    """Prompts answered at once."""
+    num_samples: int = Field(8, ge=0)
+    """Completions shown in the report."""
+    max_new_tokens: int = Field(16, ge=1)
+    """Longest completion, in tokens."""
+
+
+class Config(_Section):
+    """Everything a run can be told."""
+
+    run: RunConfig = RunConfig()
+    student: StudentConfig = StudentConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    task: TaskConfig = TaskConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+    prune: PruneConfig = PruneConfig()
+    distill: DistillConfig = DistillConfig()
+    grpo: GrpoConfig = GrpoConfig()
+    rewards: RewardsConfig = RewardsConfig()
+    movement: MovementConfig = MovementConfig()
+    refine: RefineConfig = RefineConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()

@@ -1,0 +1,139 @@
+"""The rules that tie two or more configuration keys together.
+
+Each rule yields a `Fault` that says which keys it read, so that the caller can drop it when one of
+those keys is faulty by itself.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config import Config
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing to mend."""
+
+    key: str
+    """Dotted key, for example `prune.sparsity`."""
+    value: Any
+    """What was given."""
+    why: str
+    """What is wrong with it."""
+    remedy: str
+    """What to do, as a phrase: `set run.seed instead`."""
+    also: tuple[str, ...] = ()
+    """Other dotted keys that the rule reads, or that an unknown key may have meant."""
+
+
+def cross_faults(config: Config) -> list[Fault]:
+    """Finds what no single key shows.
+
+    Args:
+        config: A config whose keys are valid one by one.
+
+    Returns:
+        The broken rules; empty when all hold.
+    """
+    rules = (_training_faults, _teacher_term_faults, _sparsity_faults)
+    return [fault for rule in rules for fault in rule(config)]
+
+
+def _training_faults(config: Config) -> Iterator[Fault]:
+    """Master weights, number of steps, number of rewards, a loss that is not 0."""
+    trained = [stage for stage in config.run.stages if stage in ("distill", "grpo")]
+    for stage in trained:
+        steps = getattr(config, stage).trl_values.get("max_steps")
+        if stage in config.refine.stages and (steps is None or steps < 1):
+            yield Fault(
+                f"{stage}.max_steps",
+                steps,
+                f"refinement counts the optimizer steps of {stage} beforehand",
+                "set 1 or more instead",
+                ("run.stages", "refine.stages"),
+            )
+    if config.student.dtype == "bfloat16" and trained:
+        yield Fault(
+            "student.dtype",
+            "bfloat16",
+            f"{trained[0]} would train without fp32 master weights, and bfloat16 rounds the small "
+            "updates of RL away",
+            "set float32, and grpo.bf16: true for bfloat16 autocast, instead",
+            ("run.stages",),
+        )
+    weights, functions = config.rewards.weights, config.rewards.functions
+    if weights is not None and len(weights) != len(functions):
+        yield Fault(
+            "rewards.weights",
+            weights,
+            f"{len(weights)} numbers for {len(functions)} rewards.functions",
+            f"set {len(functions)} of them, or null, instead",
+            ("rewards.functions",),
+        )
+    if config.distill.kl_weight == config.distill.ce_weight == 0:
+        yield Fault(
+            "distill.kl_weight",
+            0,
+            "with distill.ce_weight 0 too the loss is always 0",
+            "set one of the two above 0 instead",
+            ("distill.ce_weight",),
+        )
+
+
+def _teacher_term_faults(config: Config) -> Iterator[Fault]:
+    """The per-token teacher term needs a loss that weighs tokens one by one."""
+    if config.rewards.teacher_kl_weight == 0:
+        return
+    for key, value, token_wise in (
+        ("loss_type", "vespo", "dapo"),
+        ("loss_type", "luspo", "dapo"),
+        ("importance_sampling_level", "sequence", "token"),
+    ):
+        if config.grpo.trl_values.get(key) == value:
+            yield Fault(
+                f"grpo.{key}",
+                value,
+                "weighs whole sequences, but rewards.teacher_kl_weight, "
+                f"{config.rewards.teacher_kl_weight}, is a term per token",
+                f"set {token_wise}, or rewards.teacher_kl_weight: 0, instead",
+                ("rewards.teacher_kl_weight",),
+            )
+
+
+def _sparsity_faults(config: Config) -> Iterator[Fault]:
+    """The way from the first mask to the last one."""
+    refine, target = config.refine, config.prune.sparsity
+    start = target if refine.start_sparsity is None else refine.start_sparsity
+    if start > target:
+        yield Fault(
+            "refine.start_sparsity",
+            start,
+            f"above the final prune.sparsity, {target}",
+            f"set {target} or less, or null, instead",
+            ("prune.sparsity",),
+        )
+    if start < target and not refine.stages:
+        yield Fault(
+            "refine.stages",
+            [],
+            f"no stage leads from refine.start_sparsity, {start}, to prune.sparsity, {target}",
+            "set [distill, grpo], or refine.start_sparsity: null, instead",
+            ("refine.start_sparsity", "prune.sparsity"),
+        )
+    if refine.end_step is not None and refine.end_step <= refine.begin_step:
+        yield Fault(
+            "refine.end_step",
+            refine.end_step,
+            f"not after refine.begin_step, {refine.begin_step}",
+            f"set {refine.begin_step + 1} or more, or null, instead",
+            ("refine.begin_step",),
+        )
+    if refine.scope == "model" and refine.min_density > 1 - target:
+        yield Fault(
+            "refine.min_density",
+            refine.min_density,
+            f"more than prune.sparsity, {target}, leaves",
+            f"set {1 - target:.6g} or less instead",
+            ("prune.sparsity", "refine.scope"),
+        )

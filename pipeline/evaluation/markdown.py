@@ -1,0 +1,157 @@
+"""`report.md`: the numbers of `report.json`, with what only a reader needs beside them."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.evaluation.formats import number, percent
+from pipeline.evaluation.summary import (
+    MODELS,
+    NOT_MEASURED,
+    Report,
+    RunDescription,
+    Sample,
+    key_facts,
+    model_table,
+    try_it_lines,
+)
+
+MAX_SAMPLE_CHARACTERS = 600
+MARKDOWN_SYNTAX = re.compile(r"([\\`*_\[\]<>|~$&#])")
+REFINEMENT_COLUMNS = (
+    "stage",
+    "step",
+    "target",
+    "pruned",
+    "regrown",
+    "accepted",
+    "reward_before",
+    "reward_after",
+)
+
+
+def render_markdown(report: Report, description: RunDescription) -> str:
+    """The text of `report.md`: GitHub's Markdown, pictures by relative path."""
+    asked = [["asked for", ""], *([key, escape(text)] for key, text in description.asked.items())]
+    sections = [
+        "# Report",
+        " ".join(key_facts(report)),
+        "## What was asked",
+        table(asked),
+        "## What came out",
+        table(model_table(report)),
+        "\n".join(f"- {note}" for note in _notes(report)),
+        *(f"![{escape(text)}]({path})" for path, text in description.plots.items()),
+        *_refinement(report.get("refinement")),
+        *_samples(description.samples),
+        *_cost(report),
+        "## How to run it again",
+        f"```sh\n{description.command}\n```",
+        table([["what", "value"], *_provenance(report)]),
+        "## How to try the model",
+        f"It is in `{description.student_path}`.",
+        "```python\n" + "\n".join(try_it_lines(description)) + "\n```",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """A table of text cells; the first row is its header."""
+    header, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([header, "|" + " --- |" * len(rows[0]), *body])
+
+
+def escape(text: str) -> str:
+    """Text that shows as it is, also inside a table cell."""
+    return MARKDOWN_SYNTAX.sub(r"\\\1", text).replace("\n", "<br>")
+
+
+def _notes(report: Report) -> list[str]:
+    """What each column of the table of models is."""
+    notes = []
+    if "accuracy" in report:
+        notes.append(
+            f"Accuracy: greedy answers to {report['accuracy']['num_prompts']:,} held-out prompts, "
+            "the same for all models; Wilson interval."
+        )
+    if "perplexity" in report:
+        perplexity = report["perplexity"]
+        notes.append(
+            f"Perplexity: per token of {perplexity.get('on', 'the reference completions')}; "
+            f"{perplexity['num_tokens']:,} tokens, longest sequence {perplexity['seq_len']:,}."
+        )
+    if "kl_to_teacher" in report:
+        notes.append(
+            "KL(teacher || model): nats per token of the teacher's own greedy completions. Top-1 "
+            "as teacher: share of those tokens where both rank the same one first."
+        )
+    per_layer = report["sparsity"]["per_layer"].values()
+    if per_layer:
+        notes.append(
+            f"Sparsity of single matrices: {percent(min(per_layer))} to {percent(max(per_layer))}."
+        )
+    return notes
+
+
+def _refinement(entries: Sequence[dict[str, Any]] | None) -> list[str]:
+    if not entries:
+        return []
+    columns = [name for name in REFINEMENT_COLUMNS if any(name in entry for entry in entries)]
+    rows = [[_cell(entry.get(name)) for name in columns] for entry in entries]
+    header = [name.replace("_", " ") for name in columns]
+    summary = f"<details><summary>{len(entries)} refinements of the mask</summary>"
+    return ["## Refinement", summary, table([header, *rows]), "</details>"]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return NOT_MEASURED
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else escape(str(value))
+
+
+def _samples(samples: Sequence[Sample]) -> list[str]:
+    if not samples:
+        return []
+    names = [name for name in MODELS if any(name in sample.completions for sample in samples)]
+    rows = [
+        [_short(sample.prompt), _short(sample.answer), *(_answer(sample, name) for name in names)]
+        for sample in samples
+    ]
+    return ["## Sample answers", table([["prompt", "reference", *names], *rows])]
+
+
+def _answer(sample: Sample, name: str) -> str:
+    if name not in sample.completions:
+        return NOT_MEASURED
+    verdict = "right" if sample.correct[name] else "wrong"
+    return f"{_short(sample.completions[name])} ({verdict})"
+
+
+def _short(text: str) -> str:
+    is_long = len(text) > MAX_SAMPLE_CHARACTERS
+    return escape(text[:MAX_SAMPLE_CHARACTERS] + (" ..." if is_long else ""))
+
+
+def _cost(report: Report) -> list[str]:
+    timing = report.get("timing", {})
+    rows = [[stage, _duration(seconds)] for stage, seconds in timing.items()]
+    if rows:
+        rows.append(["all stages", _duration(sum(timing.values()))])
+    if "peak_memory_bytes" in report:
+        rows.append(["peak memory", f"{report['peak_memory_bytes'] / 2**30:.2f} GiB"])
+    return ["## What it cost", table([["what", "cost"], *rows])] if rows else []
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{number(seconds)} s"
+
+
+def _provenance(report: Report) -> list[list[str]]:
+    keys = {"seed": "seed", "git_commit": "git commit", "config_hash": "config hash"}
+    rows = [[name, f"`{report[key]}`"] for key, name in keys.items() if key in report]
+    return rows + [[package, version] for package, version in report.get("versions", {}).items()]

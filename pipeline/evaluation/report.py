@@ -1,0 +1,153 @@
+"""What a run asked for and what came out, as `report.json` and `report.md`.
+
+`report.json` (schema 1) holds the numbers. Keys may be added, never renamed. A key that is absent
+was not measured; a perplexity or KL of null was measured and is not finite. `report.md` shows the
+same numbers beside the question, the pictures and sample answers (`markdown.py`).
+
+Everything comes in as plain data; nothing is read from a run folder.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifacts import write_json, write_text
+from pipeline.evaluation.accuracy import AccuracyResult
+from pipeline.evaluation.agreement import Agreement
+from pipeline.evaluation.intervals import (
+    paired_difference_interval,
+    paired_ratio_interval,
+    wilson_interval,
+)
+from pipeline.evaluation.markdown import render_markdown
+from pipeline.evaluation.perplexity import Perplexity
+from pipeline.evaluation.summary import MODELS, Report, RunDescription
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurements:
+    """What was measured of one model; None where it was not."""
+
+    accuracy: AccuracyResult | None = None
+    perplexity: Perplexity | None = None
+    agreement: Agreement | None = None
+    """With the teacher, which has none with itself."""
+
+
+def build_report(
+    *,
+    models: Mapping[str, Measurements],
+    measured_sparsity: float,
+    per_layer_sparsity: Mapping[str, float],
+    target_sparsity: float | None = None,
+    perplexity_on: str | None = None,
+    refinement: Sequence[Mapping[str, Any]] | None = None,
+    timing: Mapping[str, float] | None = None,
+    peak_memory_bytes: int | None = None,
+    versions: Mapping[str, str] | None = None,
+    seed: int | None = None,
+    git_commit: str | None = None,
+    config_hash: str | None = None,
+) -> Report:
+    """Puts a run's numbers into schema 1.
+
+    Args:
+        models: Any of `teacher`, `dense` (the student before pruning), `pruned` (the one-shot
+            student at the final target), `distilled`, `student`; all on the same prompts.
+        measured_sparsity: Fraction of zeros among the final model's prunable weights, counted.
+        per_layer_sparsity: The same for each weight by name.
+        target_sparsity: What was asked for.
+        perplexity_on: The text behind the perplexities, in words.
+        refinement: One entry for each refinement step: stage, step, target, pruned, regrown,
+            accepted, reward_before, reward_after.
+        timing: Stage to seconds.
+        peak_memory_bytes: Largest of the run's processes.
+        versions: Package to version.
+        seed: Of the run.
+        git_commit: Of the code that ran.
+        config_hash: Of the resolved config.
+
+    Returns:
+        JSON values; what is None or empty above is absent.
+    """
+    assert set(models) <= set(MODELS), f"unknown model among {list(models)}"
+    measured = {name: models[name] for name in MODELS if name in models}
+    report = {
+        "schema": SCHEMA,
+        "sparsity": _present(
+            target=target_sparsity, measured=measured_sparsity, per_layer=dict(per_layer_sparsity)
+        ),
+        "accuracy": _accuracy(_by_model(measured, "accuracy")),
+        "perplexity": _perplexity(_by_model(measured, "perplexity"), perplexity_on),
+        "kl_to_teacher": {
+            name: agreement.kl for name, agreement in _by_model(measured, "agreement").items()
+        },
+        "top1_with_teacher": {
+            name: agreement.top1 for name, agreement in _by_model(measured, "agreement").items()
+        },
+        "timing": dict(timing or {}),
+        "versions": dict(versions or {}),
+    }
+    report = {key: value for key, value in report.items() if value != {}}
+    return report | _present(
+        refinement=None if refinement is None else [dict(entry) for entry in refinement],
+        peak_memory_bytes=peak_memory_bytes,
+        seed=seed,
+        git_commit=git_commit,
+        config_hash=config_hash,
+    )
+
+
+def _present(**values: Any) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _by_model(models: Mapping[str, Measurements], kind: str) -> dict[str, Any]:
+    return _present(**{name: getattr(measured, kind) for name, measured in models.items()})
+
+
+def _accuracy(results: Mapping[str, AccuracyResult]) -> dict[str, Any]:
+    if not results:
+        return {}
+    (num_prompts,) = {result.num_prompts for result in results.values()}
+    accuracy = {name: result.accuracy for name, result in results.items()}
+    intervals = {
+        name: list(wilson_interval(sum(result.correct), num_prompts))
+        for name, result in results.items()
+    }
+    comparison = {}
+    if "student" in results and "dense" in results:
+        student, dense = results["student"], results["dense"]
+        comparison["student_minus_dense"] = {
+            "value": student.accuracy - dense.accuracy,
+            "ci95": list(paired_difference_interval(student.correct, dense.correct)),
+        }
+        if dense.accuracy > 0:
+            comparison["student_over_dense"] = {
+                "value": student.accuracy / dense.accuracy,
+                "ci95": list(paired_ratio_interval(student.correct, dense.correct)),
+            }
+    return {**accuracy, "num_prompts": num_prompts, "ci95": intervals, **comparison}
+
+
+def _perplexity(results: Mapping[str, Perplexity], on: str | None) -> dict[str, Any]:
+    if not results:
+        return {}
+    ((num_tokens, seq_len),) = {(result.num_tokens, result.seq_len) for result in results.values()}
+    values = {name: result.value for name, result in results.items()}
+    return {**values, "num_tokens": num_tokens, "seq_len": seq_len, **_present(on=on)}
+
+
+def write_report(folder: Path, report: Report, description: RunDescription) -> None:
+    """Writes `report.json` and `report.md`; a crash leaves the old file or the new one.
+
+    Args:
+        folder: The run folder; it exists.
+        report: From `build_report`.
+        description: What `report.md` says beside the numbers.
+    """
+    write_json(folder / "report.json", report)
+    write_text(folder / "report.md", render_markdown(report, description))

@@ -1,0 +1,142 @@
+"""The short form of a report: one table of models, a few sentences, three lines to try the student.
+
+The terminal shows exactly this when a run ends; `markdown.py` shows it among more.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.evaluation.formats import number, percent
+from pipeline.models.prompts import Prompt
+
+MODELS = ("teacher", "dense", "pruned", "distilled", "student")
+"""The models of a report, in the order of the pipeline."""
+
+Report = dict[str, Any]
+"""The content of `report.json`, schema 1."""
+
+NOT_MEASURED = "-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One held-out prompt and the answers to it."""
+
+    prompt: str
+    answer: str
+    """The reference."""
+    completions: Mapping[str, str]
+    """Model name to what it wrote."""
+    correct: Mapping[str, bool]
+    """Model name to what the verifier said; the same names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunDescription:
+    """What readers need beside the numbers."""
+
+    asked: Mapping[str, str]
+    """What was asked for, in words: `Teacher` to its path, `Task` to its name, and so on."""
+    command: str
+    """The command that makes this run again."""
+    student_path: str
+    """Where the final model can be loaded from."""
+    example_prompt: Prompt
+    """A prompt to try it with, formatted as in training."""
+    max_new_tokens: int
+    """Longest answer to it, in tokens."""
+    plots: Mapping[str, str] = field(default_factory=dict)
+    """Path relative to the run folder to the picture's sentence."""
+    samples: Sequence[Sample] = ()
+
+
+def model_table(report: Report) -> list[list[str]]:
+    """Header and one row of text for each model of which anything was measured."""
+    header = [
+        "model",
+        "accuracy [95 % interval]",
+        "perplexity",
+        "KL to teacher",
+        "top-1 as teacher",
+    ]
+    parts = [
+        report.get(key, {})
+        for key in ("accuracy", "perplexity", "kl_to_teacher", "top1_with_teacher")
+    ]
+    accuracy, perplexity, kl, top1 = parts
+    rows = [
+        [
+            name,
+            _accuracy_cell(accuracy, name),
+            _number_cell(perplexity, name),
+            _number_cell(kl, name),
+            percent(top1[name]) if name in top1 else NOT_MEASURED,
+        ]
+        for name in MODELS
+        if any(name in part for part in parts)
+    ]
+    return [header, *rows]
+
+
+def _accuracy_cell(accuracy: Mapping[str, Any], name: str) -> str:
+    if name not in accuracy:
+        return NOT_MEASURED
+    low, high = accuracy["ci95"][name]
+    return f"{percent(accuracy[name])} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _number_cell(values: Mapping[str, float | None], name: str) -> str:
+    if name not in values:
+        return NOT_MEASURED
+    return "not finite" if values[name] is None else number(values[name])
+
+
+def key_facts(report: Report) -> list[str]:
+    """Sparsity, and the student's accuracy beside the dense model's, as sentences."""
+    sparsity = report["sparsity"]
+    fact = f"Sparsity {sparsity['measured']:.4f}, counted in the saved weights"
+    facts = [f"{fact}; asked for {sparsity['target']:g}." if "target" in sparsity else f"{fact}."]
+    accuracy = report.get("accuracy", {})
+    if "student_over_dense" in accuracy:
+        ratio, difference = accuracy["student_over_dense"], accuracy["student_minus_dense"]
+        low, high = ratio["ci95"]
+        low_points, high_points = (100 * bound for bound in difference["ci95"])
+        facts.append(
+            f"Student / dense accuracy {ratio['value']:.3f} [{low:.3f}, {high:.3f}], difference "
+            f"{100 * difference['value']:+.1f} points [{low_points:+.1f}, {high_points:+.1f}], on "
+            f"the same {accuracy['num_prompts']:,} prompts."
+        )
+    return facts
+
+
+def try_it_lines(description: RunDescription) -> list[str]:
+    """Three lines of Python that load the model and let it answer the example prompt."""
+    path, prompt = description.student_path, description.example_prompt
+    if isinstance(prompt, str):
+        encoded = f'tokenizer({prompt!r}, return_tensors="pt").input_ids'
+    else:
+        encoded = (
+            f"tokenizer.apply_chat_template({prompt!r}, add_generation_prompt=True, "
+            'return_dict=True, return_tensors="pt").input_ids'
+        )
+    load = f"from_pretrained({path!r})"
+    return [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"model, tokenizer = AutoModelForCausalLM.{load}, AutoTokenizer.{load}",
+        f"print(tokenizer.decode(model.generate({encoded}, "
+        f"max_new_tokens={description.max_new_tokens}, do_sample=False)[0]))",
+    ]
+
+
+def terminal_summary(report: Report, description: RunDescription) -> str:
+    """What the terminal shows at the end of a run."""
+    table = model_table(report)
+    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    ]
+    python = [f"    {line}" for line in try_it_lines(description)]
+    where = f"The model is in {description.student_path}. To try it:"
+    return "\n".join([*lines, "", *key_facts(report), "", where, "", *python])

@@ -1,0 +1,279 @@
+"""Config -> run folder -> stages in order -> report. The same command goes on where it was.
+
+Before a stage runs, its inputs (the config keys it reads and the hashes of its input files) are
+compared with those it was begun with: same and done, it is skipped; same and not done, it resumes;
+changed, it is refused or, with `--resume redo`, moved to `old/` and run again.
+"""
+
+import logging
+import os
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.logging import disable_progress_bar
+
+from pipeline.artifacts import (
+    STAGES,
+    RunFolder,
+    changed_inputs,
+    git_commit,
+    hash_file,
+    hash_json,
+    installed_versions,
+    write_text,
+)
+from pipeline.config import Config
+from pipeline.config_loading import to_yaml
+from pipeline.errors import UserError
+from pipeline.models.loading import resolve_model
+from pipeline.stages import distill, evaluate, grpo, prune
+from pipeline.stages.inputs import TaskInputs, check_teacher, open_task
+from pipeline.stages.training import end_step, refining_stages
+from pipeline.training.arguments import check_trl_values
+from pipeline.training.checkpoint import MARKER_FILE
+
+RUNS: dict[str, Callable[..., None]] = {
+    "prune": prune.run,
+    "distill": distill.run,
+    "grpo": grpo.run,
+    "evaluate": evaluate.run,
+}
+
+SECTIONS_READ = {
+    "prune": ("student", "teacher", "task", "calibration", "prune"),
+    "distill": ("teacher", "task", "distill", "movement", "refine"),
+    "grpo": ("teacher", "task", "grpo", "rewards", "movement", "refine"),
+    "evaluate": ("student", "teacher", "task", "evaluate"),
+}
+"""Config sections whose keys are inputs of a stage."""
+
+HARMLESS_KEYS = {"teacher.micro_batch_size", "calibration.batch_size", "evaluate.batch_size"}
+HARMLESS_PREFIXES = ("logging_", "log_", "report_to", "disable_tqdm", "save_", "run_name", "hub_")
+"""Keys that change no result: a stage with results does not mind them."""
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: Config, *, output_dir: Path, resume: str = "auto") -> None:
+    """Runs every stage of the config that is not done yet.
+
+    Args:
+        config: Checked configuration.
+        output_dir: The run folder.
+        resume: `auto`, `redo`, `never`, or the path of a checkpoint folder to resume from.
+
+    Raises:
+        UserError: Bad input, or a folder whose stages were made by another config.
+    """
+    _refuse_many_processes()
+    _quiet_libraries()
+    check_trl_values(config)
+    inputs = open_inputs(config)
+    folder = RunFolder.open(output_dir)
+    checkpoint = _checkpoint(folder, resume)
+    _settle(config, folder, resume)
+    _log_to(folder.root / "log")
+    status = 1
+    try:
+        write_text(folder.root / "config.yaml", to_yaml(config))
+        for stage in config.run.stages:
+            if _is_current(stage, config, folder):
+                logger.info("%s: done before, skipped", stage)
+                continue
+            _run_stage(stage, config, folder, inputs, checkpoint)
+        logger.info("%s: %s", folder.root, ", ".join(f"{s} done" for s in config.run.stages))
+        status = 0
+    except UserError:
+        status = 2
+        raise
+    finally:
+        write_text(folder.root / "exit_status", f"{status}\n")
+
+
+def _run_stage(
+    stage: str, config: Config, folder: RunFolder, inputs: TaskInputs, checkpoint: Path | None
+) -> None:
+    """Runs one stage between two writes of its record."""
+    old = folder.record(stage) or {}
+    record: dict[str, Any] = {
+        "stage": stage,
+        "inputs": stage_inputs(stage, config, folder),
+        "config_hash": hash_json(config.model_dump()),
+        "versions": installed_versions(),
+        "git_commit": git_commit(),
+        "seed": config.run.seed,
+        "seconds": old.get("seconds", 0.0),
+        "done": False,
+    }
+    if stage in refining_stages(config):
+        record["refine_end_step"] = old.get("refine_end_step") or end_step(config)
+    folder.write_record(stage, record)
+    logger.info("%s: %s", stage, "resumed" if old else "begins")
+    started = time.monotonic()
+    extra = (checkpoint,) if checkpoint is not None and checkpoint.parent.name == stage else ()
+    RUNS[stage](config, folder, inputs, folder.stage(stage), *extra)
+    record |= {
+        "outputs": _hashes(folder.stage(stage)),
+        "seconds": record["seconds"] + time.monotonic() - started,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "done": True,
+    }
+    folder.write_record(stage, record)
+    logger.info("%s: done in %.0f s", stage, record["seconds"])
+
+
+def stage_inputs(stage: str, config: Config, folder: RunFolder) -> dict[str, Any]:
+    """What a stage's result depends on: dotted config keys and hashes of files."""
+    keys: dict[str, Any] = {"run.seed": config.run.seed}
+    for section in SECTIONS_READ[stage]:
+        for key, value in getattr(config, section).model_dump().items():
+            name = f"{section}.{key}"
+            if name not in HARMLESS_KEYS and not key.startswith(HARMLESS_PREFIXES):
+                keys[name] = value
+    if stage == "prune":
+        keys["refine.start_sparsity"] = config.refine.start_sparsity
+        for role in ("student", "teacher"):
+            keys[f"files of {role}.path"] = _model_fingerprint(getattr(config, role).path)
+    earlier = STAGES[: STAGES.index(stage)]
+    keys["files of earlier stages"] = {
+        name: (folder.record(name) or {}).get("outputs") for name in earlier if folder.is_done(name)
+    }
+    return keys
+
+
+def _settle(config: Config, folder: RunFolder, resume: str) -> None:
+    """Makes sure that no stage with results was made by another config.
+
+    Raises:
+        UserError: One was and `resume` does not allow to redo it; nothing on disk has changed.
+    """
+    begun = [stage for stage in STAGES if folder.record(stage)]
+    if resume == "never" and begun:
+        raise UserError(
+            f"--output_dir: {folder.root} already holds {', '.join(begun)} and --resume is never; "
+            "set another --output_dir, or --resume auto to go on"
+        )
+    for stage in config.run.stages:
+        record = folder.record(stage)
+        if record is None:
+            continue
+        changes = changed_inputs(
+            _comparable(record["inputs"], stage, record["done"]),
+            _comparable(stage_inputs(stage, config, folder), stage, record["done"]),
+        )
+        if not changes:
+            continue
+        if resume != "redo":
+            raise UserError(
+                f"{stage}: {folder.root} holds results of another config ({'; '.join(changes)}); "
+                "set another --output_dir, or --resume redo to move this stage and the later ones "
+                f"to {folder.root / 'old'} and run them again"
+            )
+        later = [name for name in STAGES[STAGES.index(stage) :] if folder.stage(name).exists()]
+        logger.info("moved %s to %s", ", ".join(later), folder.move_to_old(later))
+        return
+
+
+def _comparable(inputs: dict[str, Any], stage: str, done: bool) -> dict[str, Any]:
+    """Inputs whose change is a conflict.
+
+    `max_steps` of an unfinished stage may be raised, and a report is made anew when a stage before
+    it has run since.
+    """
+    ignored = {f"{stage}.max_steps"} if not done else set()
+    if stage == "evaluate":
+        ignored.add("files of earlier stages")
+    return {key: value for key, value in inputs.items() if key not in ignored}
+
+
+def _is_current(stage: str, config: Config, folder: RunFolder) -> bool:
+    """Whether a stage is done and nothing it reads has changed since."""
+    record = folder.record(stage)
+    return bool(
+        record and record["done"] and record["inputs"] == stage_inputs(stage, config, folder)
+    )
+
+
+def _checkpoint(folder: RunFolder, resume: str) -> Path | None:
+    """The checkpoint that `--resume PATH` names.
+
+    Raises:
+        UserError: It is not a whole checkpoint of an unfinished stage of this run.
+    """
+    if resume in ("auto", "redo", "never"):
+        return None
+    path = Path(resume).resolve()
+    stage = path.parent.name
+    if path.parent.parent != folder.root.resolve() or stage not in ("distill", "grpo"):
+        raise UserError(
+            f"--resume: {resume!r} is not a checkpoint of this run; set a folder such as "
+            f"{folder.stage('grpo') / 'checkpoint-100'}"
+        )
+    if not (path / MARKER_FILE).exists():
+        raise UserError(f"--resume: {resume!r} is not a whole checkpoint; set --resume auto")
+    if folder.is_done(stage):
+        raise UserError(f"--resume: {stage} is done in {folder.root}; set --resume auto or redo")
+    return path
+
+
+def open_inputs(config: Config) -> TaskInputs:
+    """Opens task and tokenizers, so that bad input is reported before the run folder is made.
+
+    Raises:
+        UserError: A path is wrong, a task file is broken, or the tokenizers differ.
+    """
+    resolve_model(config.teacher.path, "teacher.path")
+    inputs = open_task(config)
+    if config.run.stages != ["evaluate"]:
+        check_teacher(config, inputs.tokenizer)
+    return inputs
+
+
+def _refuse_many_processes() -> None:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1:
+        raise UserError(
+            f"num_processes: {world_size}: masks and movement are kept on one process so far; "
+            "launch with --num_processes 1 (configs/accelerate/single.yaml)"
+        )
+
+
+def _model_fingerprint(path: str) -> dict[str, str] | str:
+    """Hashes of a local model's files; a Hub id stands for itself with its revision."""
+    folder = Path(resolve_model(path, "student.path"))
+    if not folder.is_dir():
+        return path
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.json")]
+    return {file.name: hash_file(file) for file in sorted(files)}
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """Hashes of what later stages read: the model's weights and the mask."""
+    files = [*folder.glob("model/*.safetensors"), *folder.glob("mask.safetensors")]
+    return {str(file.relative_to(folder)): hash_file(file) for file in sorted(files)}
+
+
+def _quiet_libraries() -> None:
+    """Keeps the terminal for what a user acts on.
+
+    No bars for files of a second, no notices about names that TRL uses and transformers renames.
+    """
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def _log_to(path: Path) -> None:
+    """Sends the pipeline's log to the terminal and, appended, to the run folder."""
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        handlers=[logging.StreamHandler(sys.stderr), logging.FileHandler(path)],
+        force=True,
+    )
+    logging.getLogger("pipeline").setLevel(logging.INFO)

@@ -1,0 +1,61 @@
+"""Stage 2: the student recovers on the teacher's own completions, before any RL.
+
+RL on a freshly pruned student is dead: every completion is wrong and every group without variance.
+"""
+
+from pathlib import Path
+
+from datasets import Dataset
+
+from pipeline.artifacts import RunFolder
+from pipeline.config import Config
+from pipeline.rollouts import Rollout
+from pipeline.stages.inputs import (
+    TaskInputs,
+    cached_rollouts,
+    open_student,
+    open_teacher,
+)
+from pipeline.stages.training import stage_sparsity, train
+from pipeline.training.arguments import distill_arguments
+from pipeline.training.distill_trainer import DistillTrainer
+
+
+def run(
+    config: Config, folder: RunFolder, inputs: TaskInputs, out: Path, checkpoint: Path | None = None
+) -> None:
+    """Samples the teacher once, then distils with the mask on."""
+    teacher = open_teacher(config)
+    rollouts = cached_rollouts(
+        folder,
+        "train",
+        config,
+        teacher,
+        inputs,
+        inputs.task.train,
+        num_rollouts=config.distill.rollouts,
+        temperature=config.distill.rollout_temperature,
+        max_new_tokens=config.evaluate.max_new_tokens,
+        progress="teacher completions",
+    )
+    model, state = open_student(config, folder, "distill")
+    trainer = DistillTrainer(
+        model=model,
+        args=distill_arguments(config, out),
+        train_dataset=as_dataset(rollouts),
+        processing_class=inputs.tokenizer,
+        teacher=teacher,
+        kl_weight=config.distill.kl_weight,
+        ce_weight=config.distill.ce_weight,
+    )
+    train(trainer, stage_sparsity(config, folder, "distill", state), out, checkpoint)
+
+
+def as_dataset(rollouts: list[Rollout]) -> Dataset:
+    """Prompt and completion as `input_ids`, the completion alone as `labels`."""
+    return Dataset.from_dict(
+        {
+            "input_ids": [r.prompt_ids + r.completion_ids for r in rollouts],
+            "labels": [[-100] * len(r.prompt_ids) + r.completion_ids for r in rollouts],
+        }
+    )

@@ -1,0 +1,227 @@
+"""Stage 4: measures every model of the run on the same held-out prompts and writes the report.
+
+Zeros are counted in the saved model itself; a mask file is never trusted.
+"""
+
+import json
+import logging
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from pipeline.artifacts import (
+    STAGES,
+    RunFolder,
+    git_commit,
+    hash_json,
+    installed_versions,
+    write_json,
+)
+from pipeline.config import Config
+from pipeline.errors import UserError
+from pipeline.evaluation.accuracy import AccuracyResult
+from pipeline.evaluation.plots import plot_accuracy, plot_layer_sparsity, plot_perplexity
+from pipeline.evaluation.report import Measurements, Report, build_report, write_report
+from pipeline.evaluation.summary import RunDescription, Sample, terminal_summary
+from pipeline.evaluation.training_plots import movement_histogram, plot_movement, plot_training
+from pipeline.models.loading import load_model
+from pipeline.models.prunable import measured_sparsity
+from pipeline.rollouts import Rollout
+from pipeline.sparsity.state import SparsityState
+from pipeline.stages.inputs import (
+    TaskInputs,
+    check_teacher,
+    device,
+    open_dense_student,
+    open_teacher,
+    stage_before,
+)
+from pipeline.stages.measure import (
+    PERPLEXITY_ON,
+    from_json,
+    measure,
+    teacher_answers,
+    to_json,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: Config, folder: RunFolder, inputs: TaskInputs, out: Path) -> None:
+    """Measures, draws and reports."""
+    teacher, answers = _teacher(config, folder, inputs)
+    measured, student = _measure_all(config, folder, inputs, teacher, answers)
+    write_json(out / "metrics.json", {name: to_json(value) for name, value in measured.items()})
+    report = _report(config, folder, measured, student)
+    description = RunDescription(
+        asked=_asked(config, inputs),
+        command=f"accelerate launch launch/train.py --config {folder.root / 'config.yaml'}",
+        student_path=str(_student_path(config, folder)),
+        example_prompt=inputs.format(inputs.task.test[0].prompt),
+        max_new_tokens=config.evaluate.max_new_tokens,
+        plots=_draw(config, folder, report),
+        samples=_samples(config, inputs, {n: m.accuracy for n, m in measured.items()}),
+    )
+    write_report(folder.root, report, description)
+    print(terminal_summary(report, description), flush=True)
+
+
+def _teacher(
+    config: Config, folder: RunFolder, inputs: TaskInputs
+) -> tuple[PreTrainedModel | None, list[Rollout] | None]:
+    """The teacher and its answers.
+
+    Without a trained student a teacher of another family is left out with a word, so that any
+    model can be measured.
+    """
+    try:
+        check_teacher(config, inputs.tokenizer)
+    except UserError as error:
+        if stage_before(folder, "evaluate"):
+            raise
+        logger.warning("no comparison with the teacher: %s", error)
+        return None, None
+    teacher = open_teacher(config)
+    return teacher, teacher_answers(folder, config, teacher, inputs)
+
+
+def _measure_all(
+    config: Config,
+    folder: RunFolder,
+    inputs: TaskInputs,
+    teacher: PreTrainedModel | None,
+    answers: list[Rollout] | None,
+) -> tuple[dict[str, Measurements], PreTrainedModel]:
+    """Every model the run has, and the final student."""
+    measured: dict[str, Measurements] = {}
+
+    def add(name: str, model: PreTrainedModel, against: PreTrainedModel | None) -> None:
+        measured[name] = measure(name, model, config, inputs, against, answers)
+
+    if teacher is not None:
+        add("teacher", teacher, None)
+    last = stage_before(folder, "evaluate")
+    if last is None:
+        student = open_dense_student(config)
+        add("student", student, teacher)
+        return measured, student
+    add("dense", open_dense_student(config), teacher)
+    one_shot = folder.stage("prune") / "one_shot" / "metrics.json"
+    if one_shot.exists():
+        measured["pruned"] = from_json(json.loads(one_shot.read_text()))
+    if last == "grpo" and folder.is_done("distill"):
+        add("distilled", load_model(str(folder.stage("distill") / "model")).to(device()), teacher)
+    student = load_model(str(folder.stage(last) / "model")).to(device())
+    add("student", student, teacher)
+    return measured, student
+
+
+def _student_path(config: Config, folder: RunFolder) -> str | Path:
+    last = stage_before(folder, "evaluate")
+    return config.student.path if last is None else folder.stage(last) / "model"
+
+
+def _report(
+    config: Config,
+    folder: RunFolder,
+    measured: dict[str, Measurements],
+    student: PreTrainedModel,
+) -> Report:
+    last = stage_before(folder, "evaluate")
+    records = {name: folder.record(name) for name in STAGES}
+    sparsity, per_layer = measured_sparsity(student)
+    peaks = [r["peak_memory_bytes"] for r in records.values() if r and "peak_memory_bytes" in r]
+    return build_report(
+        models=measured,
+        measured_sparsity=sparsity,
+        per_layer_sparsity=per_layer,
+        target_sparsity=None if last is None else config.prune.sparsity,
+        perplexity_on=PERPLEXITY_ON,
+        refinement=_stage_files(folder, "refinements.json"),
+        timing={name: r["seconds"] for name, r in records.items() if r and r["done"]},
+        peak_memory_bytes=max(peaks, default=None),
+        versions=installed_versions(),
+        seed=config.run.seed,
+        git_commit=git_commit(),
+        config_hash=hash_json(config.model_dump()),
+    )
+
+
+def _stage_files(folder: RunFolder, name: str) -> list[dict] | None:
+    """The lists that the training stages left under one name, joined; None when there are none."""
+    files = [folder.stage(stage) / name for stage in ("distill", "grpo")]
+    lists = [json.loads(file.read_text()) for file in files if file.exists()]
+    return [entry for entries in lists for entry in entries] if lists else None
+
+
+def _asked(config: Config, inputs: TaskInputs) -> dict[str, str]:
+    return {
+        "Student": config.student.path,
+        "Teacher": config.teacher.path,
+        "Task": f"{inputs.task.name}, {len(inputs.task.train)} training prompts",
+        "Pruning": f"{config.prune.method}, redistribution {config.prune.redistribution}",
+        "Sparsity": f"{config.prune.sparsity:g} of the prunable weights",
+        "Stages": ", ".join(config.run.stages),
+    }
+
+
+def _draw(config: Config, folder: RunFolder, report: Report) -> dict[str, str]:
+    """Draws what there is data for. Returns path relative to the run folder to its sentence."""
+    plots = folder.root / "plots"
+    plots.mkdir(exist_ok=True)
+    accuracy = {k: v for k, v in report["accuracy"].items() if k in report["accuracy"]["ci95"]}
+    sentences = {
+        "accuracy": plot_accuracy(
+            accuracy,
+            report["accuracy"]["ci95"],
+            num_prompts=report["accuracy"]["num_prompts"],
+            sparsity=report["sparsity"]["measured"],
+            path=plots / "accuracy.png",
+        ),
+        "layer_sparsity": plot_layer_sparsity(
+            report["sparsity"]["per_layer"], path=plots / "layer_sparsity.png"
+        ),
+    }
+    perplexity = {
+        name: value
+        for name, value in report.get("perplexity", {}).items()
+        if name in accuracy and value is not None
+    }
+    if perplexity:
+        sentences["perplexity"] = plot_perplexity(
+            perplexity, on=PERPLEXITY_ON, path=plots / "perplexity.png"
+        )
+    logs = {
+        stage: json.loads((folder.stage(stage) / "log_history.json").read_text())
+        for stage in ("distill", "grpo")
+        if (folder.stage(stage) / "log_history.json").exists()
+    }
+    if logs:
+        sentences["training"] = plot_training(logs, path=plots / "training.png")
+        sentences["movement"] = _draw_movement(folder, plots / "movement.png")
+    return {f"plots/{name}.png": sentence for name, sentence in sentences.items()}
+
+
+def _draw_movement(folder: RunFolder, path: Path) -> str:
+    state = SparsityState.load(folder.stage(stage_before(folder, "evaluate")))
+    sides = {
+        "kept": [state.movement[name][mask] for name, mask in state.masks.items()],
+        "pruned": [state.movement[name][~mask] for name, mask in state.masks.items()],
+    }
+    return plot_movement(
+        {side: movement_histogram(tensors) for side, tensors in sides.items()}, path=path
+    )
+
+
+def _samples(
+    config: Config, inputs: TaskInputs, results: dict[str, AccuracyResult]
+) -> list[Sample]:
+    return [
+        Sample(
+            prompt=row.prompt,
+            answer=row.answer,
+            completions={name: result.completions[index] for name, result in results.items()},
+            correct={name: result.correct[index] for name, result in results.items()},
+        )
+        for index, row in enumerate(inputs.task.test[: config.evaluate.num_samples])
+    ]

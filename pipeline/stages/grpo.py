@@ -1,0 +1,50 @@
+"""Stage 3: TRL GRPO with verified rewards and the teacher's term, on the masked student."""
+
+from pathlib import Path
+
+from datasets import Dataset
+
+from pipeline.artifacts import RunFolder
+from pipeline.config import Config
+from pipeline.data.tasks import Row
+from pipeline.errors import UserError
+from pipeline.stages.inputs import TaskInputs, open_student, open_teacher
+from pipeline.stages.training import stage_sparsity, train
+from pipeline.training.arguments import grpo_arguments
+from pipeline.training.grpo_trainer import TeacherGRPOTrainer
+from rewards.mix import build_rewards
+
+
+def run(
+    config: Config, folder: RunFolder, inputs: TaskInputs, out: Path, checkpoint: Path | None = None
+) -> None:
+    """Trains with the reward mix of the config."""
+    values = config.rewards
+    try:
+        functions, weights = build_rewards(values.functions, values.weights, inputs.verifier)
+    except ValueError as error:
+        raise UserError(f"rewards.functions: {error}") from error
+    teacher = open_teacher(config) if values.teacher_kl_weight > 0 else None
+    model, state = open_student(config, folder, "grpo")
+    trainer = TeacherGRPOTrainer(
+        model=model,
+        reward_funcs=functions,
+        args=grpo_arguments(config, out, weights),
+        train_dataset=as_dataset(inputs.task.train, inputs),
+        processing_class=inputs.tokenizer,
+        teacher=teacher,
+        teacher_kl_weight=values.teacher_kl_weight,
+        teacher_kl_clip=values.teacher_kl_clip,
+        teacher_micro_batch_size=config.teacher.micro_batch_size,
+    )
+    train(trainer, stage_sparsity(config, folder, "grpo", state), out, checkpoint)
+
+
+def as_dataset(rows: list[Row], inputs: TaskInputs) -> Dataset:
+    """Formatted `prompt` and reference `answer`, as TRL and its reward functions take them."""
+    return Dataset.from_dict(
+        {
+            "prompt": [inputs.format(row.prompt) for row in rows],
+            "answer": [row.answer for row in rows],
+        }
+    )

@@ -1,0 +1,206 @@
+"""What every stage opens first: the task, its prompts as tokens, and the student so far."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.artifacts import RunFolder, replaced_folder
+from pipeline.config import Config
+from pipeline.data.tasks import Row, Task, load_task
+from pipeline.errors import UserError
+from pipeline.models.loading import check_same_tokenizer, load_model, load_tokenizer
+from pipeline.models.prompts import Prompt, encode_prompt, format_prompt
+from pipeline.rollouts import Rollout, load_rollouts, sample_rollouts, save_rollouts
+from pipeline.sparsity.state import SparsityState
+from rewards.correctness import Verifier, find_verifier
+
+TRAINED_STAGES = ("prune", "distill", "grpo")
+
+
+@dataclass(frozen=True)
+class TaskInputs:
+    """A task as models see it."""
+
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    verifier: Verifier
+    format: Callable[[str], Prompt]
+    """Row prompt to what TRL takes."""
+    encode: Callable[[str], list[int]]
+    """Row prompt to token ids."""
+
+
+def device() -> torch.device:
+    """The accelerator where there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def open_task(config: Config) -> TaskInputs:
+    """Loads the task and the student's tokenizer.
+
+    Raises:
+        UserError: The task, its verifier or the tokenizer cannot be loaded.
+    """
+    values = config.task
+    task = load_task(
+        values.path,
+        subset=values.subset,
+        prompt_column=values.prompt_column,
+        answer_column=values.answer_column,
+        num_train=values.num_train,
+        num_calibration=values.num_calibration,
+        num_probe=values.num_probe,
+        num_test=values.num_test,
+        seed=config.run.seed,
+    )
+    student = config.student
+    tokenizer = load_tokenizer(
+        student.path, revision=student.revision, trust_remote_code=student.trust_remote_code
+    )
+    try:
+        verifier = find_verifier(values.verifier)
+    except ValueError as error:
+        raise UserError(f"task.verifier: {error}") from error
+    answer = task.test[0].answer
+    if verifier(answer, answer) < 1:
+        raise UserError(
+            f"task.verifier: {values.verifier!r} does not accept the answer {answer[:80]!r} as its "
+            "own completion, so nothing would ever be right; set a verifier that fits the answers"
+        )
+    form = partial(format_prompt, tokenizer, instruction=values.instruction)
+    return TaskInputs(
+        task, tokenizer, verifier, form, lambda prompt: encode_prompt(tokenizer, form(prompt))
+    )
+
+
+def check_teacher(config: Config, student_tokenizer: PreTrainedTokenizerBase) -> None:
+    """Makes sure that the teacher shares the student's vocabulary.
+
+    Raises:
+        UserError: Its tokenizer cannot be loaded or differs.
+    """
+    values = config.teacher
+    tokenizer = load_tokenizer(values.path, key="teacher.path", revision=values.revision)
+    check_same_tokenizer(student_tokenizer, tokenizer)
+
+
+def open_teacher(config: Config) -> PreTrainedModel:
+    """Loads the frozen teacher.
+
+    Raises:
+        UserError: It cannot be loaded.
+    """
+    values = config.teacher
+    teacher = load_model(
+        values.path, key="teacher.path", revision=values.revision, dtype=values.dtype
+    )
+    return teacher.requires_grad_(False).to(device())
+
+
+def open_dense_student(config: Config) -> PreTrainedModel:
+    """Loads `student.path`, the student before pruning."""
+    values = config.student
+    return load_model(
+        values.path,
+        revision=values.revision,
+        dtype=values.dtype,
+        trust_remote_code=values.trust_remote_code,
+    ).to(device())
+
+
+def stage_before(folder: RunFolder, stage: str) -> str | None:
+    """The last finished stage before `stage` that left a student."""
+    earlier = (
+        TRAINED_STAGES[: TRAINED_STAGES.index(stage)]
+        if stage in TRAINED_STAGES
+        else (TRAINED_STAGES)
+    )
+    return next((name for name in reversed(earlier) if folder.is_done(name)), None)
+
+
+def open_student(
+    config: Config, folder: RunFolder, stage: str
+) -> tuple[PreTrainedModel, SparsityState]:
+    """Loads what the stage before left: the model and its masks and movement.
+
+    Raises:
+        UserError: No stage before this one has finished.
+    """
+    before = stage_before(folder, stage)
+    if before is None:
+        raise UserError(
+            f"run.stages: {stage} needs a pruned student and {folder.root} holds none; set "
+            f"--stages prune,{stage}"
+        )
+    source = folder.stage(before)
+    model = load_model(str(source / "model"), dtype=config.student.dtype)
+    return model, SparsityState.load(source)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    """Writes `out/model/`, whole or not at all."""
+    with replaced_folder(out / "model") as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def cached_rollouts(
+    folder: RunFolder,
+    name: str,
+    config: Config,
+    teacher: PreTrainedModel,
+    inputs: TaskInputs,
+    rows: list[Row],
+    *,
+    num_rollouts: int,
+    temperature: float,
+    max_new_tokens: int,
+    progress: str,
+) -> list[Rollout]:
+    """The teacher's completions from `rollouts/<name>.jsonl`, sampled where the file has others.
+
+    Args:
+        folder: The run folder.
+        name: File name without ending.
+        config: Says which teacher and task they come from.
+        teacher: Samples them.
+        inputs: Tokenizer, encoding and verifier.
+        rows: Prompts, used again from the start when all had their turn.
+        num_rollouts: How many completions.
+        temperature: 0 is greedy.
+        max_new_tokens: Longest completion.
+        progress: Name of the progress bar.
+    """
+    path = folder.root / "rollouts" / f"{name}.jsonl"
+    provenance = {
+        "teacher": config.teacher.model_dump(exclude={"micro_batch_size"}),
+        "task": config.task.model_dump(),
+        "seed": config.run.seed,
+        "num_rollouts": num_rollouts,
+        "temperature": temperature,
+        "max_new_tokens": max_new_tokens,
+    }
+    if path.exists():
+        found, rollouts = load_rollouts(path)
+        if found == provenance:
+            return rollouts
+    rollouts = sample_rollouts(
+        teacher,
+        inputs.tokenizer,
+        rows,
+        inputs.encode,
+        inputs.verifier,
+        num_rollouts=num_rollouts,
+        max_new_tokens=max_new_tokens,
+        batch_size=config.evaluate.batch_size,
+        temperature=temperature,
+        seed=config.run.seed,
+        progress=progress,
+    )
+    path.parent.mkdir(exist_ok=True)
+    save_rollouts(path, rollouts, provenance)
+    return rollouts

@@ -1,0 +1,114 @@
+"""What distill and grpo share: the sparsity of the stage, resuming, and what is left on disk."""
+
+import logging
+from pathlib import Path
+
+from transformers import Trainer
+
+from pipeline.artifacts import RunFolder, write_json
+from pipeline.config import Config
+from pipeline.errors import UserError
+from pipeline.sparsity.refine import RefinementRule
+from pipeline.sparsity.schedule import RefinementSchedule
+from pipeline.sparsity.state import SparsityState
+from pipeline.stages.inputs import save_model
+from pipeline.training.checkpoint import newest_whole_checkpoint
+from pipeline.training.sparse_trainer import Sparsity
+
+END_FRACTION = 0.6
+"""Share of the refining steps after which the final sparsity is reached, where none is set. The
+rest trains the last mask."""
+
+logger = logging.getLogger(__name__)
+
+
+def max_steps(config: Config, stage: str) -> int:
+    """Optimizer steps of a training stage.
+
+    Raises:
+        UserError: The config does not say.
+    """
+    steps = getattr(config, stage).trl_values.get("max_steps", -1)
+    if steps < 1:
+        raise UserError(
+            f"{stage}.max_steps: {steps}: the refinement schedule needs to know the number of "
+            "optimizer steps; set it to at least 1"
+        )
+    return steps
+
+
+def refining_stages(config: Config) -> list[str]:
+    """The stages of this run in which the mask is refined, in order."""
+    return [stage for stage in config.refine.stages if stage in config.run.stages]
+
+
+def end_step(config: Config) -> int:
+    """The step at which `prune.sparsity` is reached."""
+    if config.refine.end_step is not None:
+        return config.refine.end_step
+    steps = sum(max_steps(config, stage) for stage in refining_stages(config))
+    return max(1, round(END_FRACTION * steps))
+
+
+def stage_sparsity(config: Config, folder: RunFolder, stage: str, state: SparsityState) -> Sparsity:
+    """Masks, schedule and rules of one stage.
+
+    A stage that began keeps the end step it began with, also when `max_steps` is raised later:
+    the schedule must not run backwards.
+    """
+    refine = config.refine
+    stages = refining_stages(config)
+    recorded = [folder.record(name) or {} for name in ("distill", "grpo")]
+    end = next((r["refine_end_step"] for r in recorded if r.get("refine_end_step")), None)
+    start = config.prune.sparsity if refine.start_sparsity is None else refine.start_sparsity
+    moves = (
+        start != config.prune.sparsity
+        or refine.regrow_fraction > 0
+        or (refine.score != "magnitude")
+    )
+    schedule = None
+    if stage in stages and moves:
+        schedule = RefinementSchedule(
+            start_sparsity=start,
+            final_sparsity=config.prune.sparsity,
+            begin_step=refine.begin_step,
+            end_step=end or end_step(config),
+            every_steps=refine.every_steps,
+            regrow_fraction=refine.regrow_fraction,
+        )
+    return Sparsity(
+        state=state,
+        schedule=schedule,
+        rule=RefinementRule(
+            scope=refine.scope,
+            score=refine.score,
+            movement_weight=refine.movement_weight,
+            protect_steps=refine.protect_steps,
+            min_density=refine.min_density,
+        ),
+        half_life_steps=config.movement.half_life_steps,
+        first_step=sum(max_steps(config, name) for name in stages if name < stage),
+        stage=stage,
+    )
+
+
+def train(trainer: Trainer, sparsity: Sparsity, out: Path, checkpoint: Path | None) -> None:
+    """Trains to the end, from a checkpoint where there is a whole one, and saves the student.
+
+    Args:
+        trainer: A `SparseTrainer` whose output folder is `out`.
+        sparsity: Masks of the stage before; replaced by the checkpoint's on resume.
+        out: The stage's folder.
+        checkpoint: Resume from this one; None takes the newest whole one, if any.
+    """
+    checkpoint = checkpoint or newest_whole_checkpoint(out)
+    if checkpoint is not None:
+        logger.info("%s: resuming from %s", sparsity.stage, checkpoint)
+        sparsity.load(checkpoint)
+    trainer.add_sparsity(sparsity)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    save_model(model, trainer.processing_class, out)
+    sparsity.state.save(out)
+    write_json(out / "refinements.json", sparsity.refinements)
+    write_json(out / "log_history.json", trainer.state.log_history)

@@ -1,0 +1,71 @@
+"""From our config to TRL's argument classes. TRL's own names go through untouched."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import GRPOConfig, SFTConfig
+
+from pipeline.config import Config
+from pipeline.errors import UserError
+from pipeline.models.prompts import CHAT_TEMPLATE_ARGUMENTS
+
+
+def distill_arguments(config: Config, output_dir: Path) -> SFTConfig:
+    """TRL's arguments of the distill stage.
+
+    Raises:
+        UserError: TRL refuses a value.
+    """
+    return _build(SFTConfig, "distill", config, output_dir, {"remove_unused_columns": False})
+
+
+def grpo_arguments(
+    config: Config, output_dir: Path, reward_weights: list[float] | None = None
+) -> GRPOConfig:
+    """TRL's arguments of the grpo stage.
+
+    Args:
+        config: The run's config.
+        output_dir: The stage's folder.
+        reward_weights: One per reward function; None is 1 for each.
+
+    Raises:
+        UserError: TRL refuses a value.
+    """
+    owned = {
+        "reward_weights": reward_weights,
+        "chat_template_kwargs": CHAT_TEMPLATE_ARGUMENTS,
+    }
+    return _build(GRPOConfig, "grpo", config, output_dir, owned)
+
+
+def check_trl_values(config: Config) -> None:
+    """Builds both argument classes, so that a bad value is reported before any stage starts.
+
+    Raises:
+        UserError: Names every section that TRL refuses, with TRL's reason.
+    """
+    faults = []
+    for stage, build in (("distill", distill_arguments), ("grpo", grpo_arguments)):
+        if stage in config.run.stages:
+            try:
+                build(config, Path("unused"))
+            except UserError as error:
+                faults.append(str(error))
+    if faults:
+        raise UserError("\n".join(faults))
+
+
+def _build(
+    arguments_class: type, section: str, config: Config, output_dir: Path, owned: dict[str, Any]
+) -> Any:
+    values: dict[str, Any] = {"save_strategy": "steps", "report_to": "none"}
+    values |= getattr(config, section).trl_values
+    values |= owned | {"output_dir": str(output_dir), "seed": config.run.seed}
+    if not torch.accelerator.is_available():
+        values["use_cpu"] = True
+    try:
+        return arguments_class(**values)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{section}: {error}") from error

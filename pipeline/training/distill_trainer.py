@@ -1,0 +1,76 @@
+"""Warm-up on teacher completions: TRL's SFTTrainer with forward KL to the teacher.
+
+    loss = kl_weight * KL(p_teacher || p_student) + ce_weight * -log p_student(token)
+
+Both per completion token, averaged over the tokens of the batch (Hinton et al. 2015,
+arXiv 1503.02531, at temperature 1). Off-policy: the completions are the teacher's own. TRL's
+stable DistillationTrainer samples every completion from the student, which on a freshly pruned
+one is noise.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from trl import SFTTrainer
+
+from pipeline.training.sparse_trainer import SparseTrainer
+
+
+def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """KL(p_teacher || p_student) over the vocabulary.
+
+    Args:
+        student_logits: (N, V).
+        teacher_logits: (N, V).
+
+    Returns:
+        (N,) nats, fp32.
+    """
+    return F.kl_div(
+        student_logits.float().log_softmax(-1),
+        teacher_logits.float().log_softmax(-1),
+        reduction="none",
+        log_target=True,
+    ).sum(-1)
+
+
+class DistillTrainer(SparseTrainer, SFTTrainer):
+    """Distils a frozen teacher into a sparse student, on `input_ids` and `labels` of a dataset."""
+
+    def __init__(
+        self, *args, teacher: PreTrainedModel, kl_weight: float, ce_weight: float, **kwargs
+    ):
+        """All arguments of `SFTTrainer`, and the teacher's.
+
+        Args:
+            *args: As in `SFTTrainer`.
+            teacher: Frozen model with the student's vocabulary.
+            kl_weight: Weight of the forward KL.
+            ce_weight: Weight of the cross-entropy.
+            **kwargs: As in `SFTTrainer`.
+        """
+        super().__init__(*args, **kwargs)
+        self.teacher = teacher.to(self.accelerator.device)
+        self.kl_weight = kl_weight
+        self.ce_weight = ce_weight
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss above; scored are the positions whose next label is not -100."""
+        scored = inputs["labels"][:, 1:] != -100
+        batch = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+        outputs = model(**batch, use_cache=False)
+        student_logits = outputs.logits[:, :-1][scored]
+        with torch.no_grad(), self.accelerator.autocast():
+            teacher_logits = self.teacher(**batch, use_cache=False).logits[:, :-1][scored]
+        num_tokens = scored.sum() if num_items_in_batch is None else num_items_in_batch
+        divergence = forward_kl(student_logits, teacher_logits).sum() / num_tokens
+        cross_entropy = (
+            F.cross_entropy(
+                student_logits.float(), inputs["labels"][:, 1:][scored], reduction="sum"
+            )
+            / num_tokens
+        )
+        self._metrics["train"]["kl"].append(divergence.item())
+        loss = self.kl_weight * divergence + self.ce_weight * cross_entropy
+        return (loss, outputs) if return_outputs else loss

@@ -1,0 +1,28 @@
+"""One progress bar a training stage: steps, time left, and the few numbers to watch."""
+
+from transformers import ProgressCallback
+
+WATCHED = ("loss", "kl", "reward", "frac_reward_zero_std", "teacher_kl", "sparsity")
+
+
+class StageProgress(ProgressCallback):
+    """transformers' bar, with the latest log on it instead of printed below it."""
+
+    def __init__(self, stage: str):
+        """`stage`: the name on the bar."""
+        super().__init__()
+        self.stage = stage
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Opens the bar at the step the stage resumes from."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.stage)
+            self.training_bar.initial = self.training_bar.n = state.global_step
+        self.current_step = state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Shows what is watched."""
+        if self.training_bar is not None:
+            shown = {key: f"{logs[key]:.3g}" for key in WATCHED if key in logs}
+            self.training_bar.set_postfix(shown)

@@ -1,0 +1,216 @@
+"""Names and simple types of TRL's configuration keys, read without importing TRL.
+
+`from trl import GRPOConfig` takes seconds; a misspelt key should be reported at once. So the
+annotated fields of its dataclasses, and of transformers' below them, are read from the installed
+source with `ast`, base class first.
+A type is checked only where its annotation is made of bool, int, float, str, list, dict and None;
+TRL's own checks follow when its config classes are built.
+
+`REFUSED` lists the keys the pipeline must own, each with the reason and what to do instead.
+"""
+
+import ast
+import importlib.metadata
+import importlib.util
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+
+_BASES = (
+    ("transformers", "training_args.py", "TrainingArguments"),
+    ("trl", "trainer/base_config.py", "_BaseConfig"),
+)
+_SOURCES = {  # base class first
+    "distill": (*_BASES, ("trl", "trainer/sft_config.py", "SFTConfig")),
+    "grpo": (*_BASES, ("trl", "trainer/grpo_config.py", "GRPOConfig")),
+}
+
+_STAGES = ("the stages say what runs", "use run.stages instead")
+_NO_EVALUATION = ("no evaluation runs during training", "leave it out; stage evaluate measures")
+_LOADING = ("the pipeline loads the models itself", "set student.dtype or student.path instead")
+_RESUME = ("the pipeline finds the checkpoint itself", "use --resume instead")
+_ONE_LOSS = ("the loss is KL and cross-entropy", "set distill.kl_weight, distill.ce_weight instead")
+_ROWS = ("rows are cached completions of the teacher, one a row", "leave it out")
+_TOKENIZER = ("teacher and student share the student's tokenizer as it is", "leave it out")
+_FSDP = (
+    "masks know plain, DDP and DeepSpeed training",
+    "use an accelerate config file with DeepSpeed instead",
+)
+REFUSED_ALWAYS = {
+    "output_dir": ("the run folder holds every stage's checkpoints", "use --output_dir instead"),
+    "overwrite_output_dir": ("nothing is overwritten", "use --resume redo instead"),
+    "seed": ("one seed serves all stages", "set run.seed instead"),
+    "data_seed": ("one seed serves all stages", "set run.seed instead"),
+    "resume_from_checkpoint": _RESUME,
+    "do_train": _STAGES,
+    "do_eval": _STAGES,
+    "do_predict": _STAGES,
+    "eval_strategy": _NO_EVALUATION,
+    "eval_on_start": _NO_EVALUATION,
+    "load_best_model_at_end": (
+        "an earlier checkpoint has an earlier mask, not the final sparsity",
+        "leave it out",
+    ),
+    "save_only_model": ("a checkpoint without optimizer state cannot be resumed", "leave it out"),
+    "auto_find_batch_size": (
+        "it starts training again under a mask that has moved on",
+        "lower per_device_train_batch_size instead",
+    ),
+    "remove_unused_columns": ("the rewards read the answer column", "leave it out"),
+    "model_init_kwargs": _LOADING,
+    "trust_remote_code": (
+        "the pipeline loads the models itself",
+        "set student.trust_remote_code instead",
+    ),
+    "deepspeed": (
+        "the launcher sets it up for all stages",
+        "name a DeepSpeed file in accelerate launch --config_file instead",
+    ),
+    "fsdp": _FSDP,
+    "fsdp_config": _FSDP,
+    "parallelism_config": ("it is a Python object, which YAML cannot hold", "leave it out"),
+    "local_rank": ("the launcher sets it", "leave it out"),
+    "hub_token": ("it would be written to the run folder", "set HF_TOKEN in the environment"),
+}
+REFUSED = {
+    "distill": {
+        **REFUSED_ALWAYS,
+        "loss_type": _ONE_LOSS,
+        "label_smoothing_factor": _ONE_LOSS,
+        "completion_only_loss": _ROWS,
+        "assistant_only_loss": _ROWS,
+        "dataset_text_field": _ROWS,
+        "dataset_kwargs": _ROWS,
+        "packing": _ROWS,
+        "eval_packing": _ROWS,
+        "padding_free": _ROWS,
+        "chat_template_path": _TOKENIZER,
+        "eos_token": _TOKENIZER,
+        "pad_token": _TOKENIZER,
+    },
+    "grpo": {
+        **REFUSED_ALWAYS,
+        "reward_weights": ("rewards have their own section", "set rewards.weights instead"),
+        "chat_template_kwargs": (
+            "training and evaluation share one chat template with a fixed date",
+            "leave it out",
+        ),
+    },
+}
+SECRETS = ("hub_token",)
+
+_NAMES = {
+    "bool": "true or false",
+    "int": "an int",
+    "float": "a float",
+    "str": "a string",
+    "list": "a list",
+    "dict": "a mapping",
+    "NoneType": "null",
+}
+_TYPES = {"bool": bool, "int": int, "float": float, "str": str, "list": list, "dict": dict}
+_ALSO_ACCEPTED = {"scale_rewards": bool}  # GRPOConfig turns true into group, false into none
+
+
+@cache
+def trl_fields(section: str) -> dict[str, frozenset[type] | None]:
+    """Reads the fields that a TRL config class takes.
+
+    Args:
+        section: `distill` (trl.SFTConfig) or `grpo` (trl.GRPOConfig).
+
+    Returns:
+        Field name to the types its annotation allows; None where it is more than simple types.
+
+    Raises:
+        UserError: trl or transformers is not installed, or keeps the class elsewhere.
+    """
+    fields: dict[str, frozenset[type] | None] = {}
+    for package, file, class_name in _SOURCES[section]:
+        for statement in _class_body(package, file, class_name):
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                fields[statement.target.id] = _simple_types(statement.annotation)
+    for name, accepted in _ALSO_ACCEPTED.items():
+        if fields.get(name):
+            fields[name] |= {accepted}
+    return fields
+
+
+def settable_keys(section: str) -> list[str]:
+    """Lists TRL's keys that a section takes, in TRL's order."""
+    return [name for name in trl_fields(section) if name not in REFUSED[section]]
+
+
+def trl_value_fault(section: str, key: str, value: Any) -> tuple[str, str] | None:
+    """Checks one value that is meant for TRL.
+
+    Args:
+        section: `distill` or `grpo`.
+        key: One of `settable_keys(section)`.
+        value: What YAML gave.
+
+    Returns:
+        The reason and the remedy, or None where nothing is wrong so far.
+    """
+    types = trl_fields(section)[key]
+    if types is not None and not _matches(value, types):
+        names = [_NAMES[kind.__name__] for kind in sorted(types, key=_type_order)]
+        wanted = " or ".join(names)
+        return f"must be {wanted}", f"set {wanted} instead"
+    if key == "save_total_limit" and value is not None and value < 2:
+        return (
+            "a crash while saving would leave no whole checkpoint",
+            "set 2 or more, or null, instead",
+        )
+    return None
+
+
+def _type_order(kind: type) -> int:
+    """Position of a type in messages, null last."""
+    return list(_NAMES).index(kind.__name__)
+
+
+def _matches(value: Any, types: frozenset[type]) -> bool:
+    """Whether a YAML value has one of the types; an int is a float, a bool is not an int."""
+    if isinstance(value, float) and math.isnan(value):
+        return False
+    return type(value) in types or (type(value) is int and float in types)
+
+
+@cache
+def _class_body(package: str, file: str, class_name: str) -> list[ast.stmt]:
+    """Statements of a class in an installed package, without importing the package."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"{package} is not installed; install this project (pip install -e .) in the "
+            "environment that runs it"
+        )
+    path = Path(spec.submodule_search_locations[0]) / file
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError):
+        tree = ast.Module(body=[], type_ignores=[])
+    for statement in tree.body:
+        if isinstance(statement, ast.ClassDef) and statement.name == class_name:
+            return statement.body
+    raise UserError(
+        f"{package} {importlib.metadata.version(package)}: no class {class_name} in {path}, so "
+        f"the keys of distill and grpo are unknown; install the versions that pyproject.toml names"
+    )
+
+
+def _simple_types(annotation: ast.expr) -> frozenset[type] | None:
+    """Types that an annotation allows: `int | None` -> {int, NoneType}; None if not simple."""
+    match annotation:
+        case ast.Constant(value=None):
+            return frozenset({type(None)})
+        case ast.Name(id=name) | ast.Subscript(value=ast.Name(id=name)) if name in _TYPES:
+            return frozenset({_TYPES[name]})
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            sides = _simple_types(left), _simple_types(right)
+            return None if None in sides else sides[0] | sides[1]
+    return None

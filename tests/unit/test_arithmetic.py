@@ -1,0 +1,77 @@
+"""The bundled task and its Llama: what design section 8 asks of them."""
+
+import pytest
+import torch
+
+from pipeline.data.arithmetic import MODULUS, OPERATIONS, generate_rows, solve
+from pipeline.data.tasks import load_task
+from pipeline.evaluation.accuracy import greedy_accuracy
+from pipeline.models.loading import BUNDLED_MODEL, load_model, load_tokenizer
+from pipeline.models.prunable import prunable_weights
+from pipeline.pruning.methods import prune_model
+from rewards.correctness import exact
+
+
+def test_a_chain_worked_out_by_hand():
+    assert MODULUS == 97
+    # 2 @ 3 = 8 + 18 + 3 = 29; 29 # 5 = 125 + 4205 + 29 = 4359 = 44 * 97 + 91
+    assert solve("02@03#05=") == "2991"
+    # 4 & 7 = 448 + 196 + 7 = 651 = 6 * 97 + 69; 69 @ 0 = 328509 = 3386 * 97 + 67
+    assert solve("04&07@00=") == "6967"
+
+
+def test_rows_are_reproducible_distinct_and_of_their_split():
+    rows = generate_rows(300, 5, "test")
+    assert rows == generate_rows(300, 5, "test")
+    assert len({prompt for prompt, _ in rows}) == 300
+    others = {
+        p for split in ("train", "calibration", "probe") for p, _ in generate_rows(300, 5, split)
+    }
+    assert not others & {prompt for prompt, _ in rows}
+    assert all(set(prompt) <= set("0123456789=" + "".join(OPERATIONS)) for prompt in others)
+
+
+def test_every_table_entry_is_in_a_usual_training_set():
+    seen = set()
+    for prompt, answer in generate_rows(60_000, 0, "train"):
+        first, middle = int(prompt[:2]), int(answer[:2])
+        seen.add((first, prompt[2], int(prompt[3:5])))
+        seen.add((middle, prompt[5], int(prompt[6:8])))
+    assert len(seen) > 0.98 * len(OPERATIONS) * MODULUS**2
+
+
+def test_files_are_small_and_the_sizes_within_the_design():
+    assert (BUNDLED_MODEL / "model.safetensors").stat().st_size <= 6_000_000
+    model = load_model("bundled")
+    assert sum(p.numel() for p in model.parameters()) <= 1_500_000
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+
+
+@pytest.fixture(scope="module")
+def accuracy():
+    torch.set_num_threads(2)
+    tokenizer = load_tokenizer("bundled")
+    rows = load_task(
+        "bundled", num_train=1, num_calibration=1, num_probe=1, num_test=2000, seed=0
+    ).test
+
+    def measure(model):
+        return greedy_accuracy(
+            model,
+            tokenizer,
+            rows,
+            lambda prompt: tokenizer(prompt)["input_ids"],
+            exact,
+            max_new_tokens=6,
+            batch_size=500,
+        ).accuracy
+
+    return measure
+
+
+def test_the_dense_llama_answers_and_magnitude_at_nine_tenths_does_not(accuracy):
+    model = load_model("bundled")
+    assert accuracy(model) >= 0.95
+    masks = prune_model(model, [], method="magnitude", sparsity=0.9)
+    assert masks.keys() == prunable_weights(model).keys()
+    assert accuracy(model) < 0.2

@@ -1,0 +1,56 @@
+"""The run folder: atomic writes, records, moves."""
+
+import pytest
+
+from pipeline.artifacts import RunFolder, changed_inputs, hash_json, replaced_folder, write_json
+from pipeline.errors import UserError
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"value": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"value": float("nan")})
+    assert path.read_text() == '{\n  "value": 1\n}\n'
+
+
+def test_a_failed_folder_leaves_the_old_folder(tmp_path):
+    target = tmp_path / "model"
+    with replaced_folder(target) as folder:
+        (folder / "weights").write_text("old")
+    with pytest.raises(ZeroDivisionError), replaced_folder(target) as folder:
+        (folder / "weights").write_text(f"new {1 / 0}")
+    assert (target / "weights").read_text() == "old"
+
+
+def test_records_and_moves(tmp_path):
+    folder = RunFolder.open(tmp_path / "run")
+    assert folder.record("prune") is None
+    folder.write_record("prune", {"done": True})
+    folder.write_record("grpo", {"done": False})
+    assert folder.is_done("prune")
+    assert not folder.is_done("grpo")
+    first = folder.move_to_old(["grpo"])
+    folder.write_record("grpo", {"done": True})
+    second = folder.move_to_old(["grpo"])
+    assert first != second
+    assert (first / "grpo" / "stage.json").exists()
+    assert (second / "grpo" / "stage.json").exists()
+    assert folder.is_done("prune")
+
+
+def test_a_file_in_the_way_is_refused(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match="--output_dir"):
+        RunFolder.open(tmp_path / "run")
+
+
+def test_changed_inputs_name_key_and_both_values():
+    assert changed_inputs({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}) == [
+        "b: 2 -> 3",
+        "c: None -> 4",
+    ]
+
+
+def test_hash_does_not_depend_on_the_order_of_keys():
+    assert hash_json({"a": 1, "b": [2]}) == hash_json({"b": [2], "a": 1}) != hash_json({"a": 2})

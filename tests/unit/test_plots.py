@@ -1,0 +1,138 @@
+"""Every picture is written, 1000 pixels wide, under a title that says what the data say."""
+
+import math
+import struct
+
+import pytest
+import torch
+
+from pipeline.evaluation import training_plots
+from pipeline.evaluation.plots import plot_accuracy, plot_layer_sparsity, plot_perplexity
+from pipeline.evaluation.training_plots import movement_histogram, plot_movement, plot_training
+
+ACCURACY = {"teacher": 0.97, "dense": 0.96, "pruned": 0.01, "student": 0.93}
+MATRICES = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "plots" / "picture.png"
+
+
+def assert_picture(path):
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", data[16:24])
+    assert width == 1000
+    assert height > 200
+    assert len(data) > 5000
+
+
+def test_accuracy(path):
+    ci95 = {name: (value - 0.01, value + 0.01) for name, value in ACCURACY.items()}
+    title = plot_accuracy(ACCURACY, ci95, num_prompts=2000, sparsity=0.9, path=path)
+    expected = "At 90.0 % sparsity the student model is right on 93.0 % of the prompts"
+    assert title == f"{expected}, the dense model on 96.0 %"
+    assert_picture(path)
+
+
+def test_accuracy_of_one_model_alone(path):
+    title = plot_accuracy(
+        {"dense": 0.5}, {"dense": (0.4, 0.6)}, num_prompts=9, sparsity=0, path=path
+    )
+    assert title == "At 0.0 % sparsity the dense model is right on 50.0 % of the prompts"
+    assert_picture(path)
+
+
+@pytest.mark.parametrize("worst", [1.0301, 58421.0])
+def test_perplexity(path, worst):
+    values = {"dense": 1.03, "pruned": worst, "student": 1.09}
+    title = plot_perplexity(values, on="the reference answers", path=path)
+    assert title == "The student model has a perplexity of 1.09, the dense model 1.03"
+    assert_picture(path)
+
+
+@pytest.mark.parametrize("num_layers", [2, 60])
+def test_layer_sparsity(path, num_layers):
+    names = [f"model.layers.{i}.{matrix}.weight" for i in range(num_layers) for matrix in MATRICES]
+    per_layer = {name: 0.5 + 0.4 * i / len(names) for i, name in enumerate(names)}
+    per_layer["model.layers.1.self_attn.q_proj.weight"] = 0.25
+    title = plot_layer_sparsity(per_layer, path=path)
+    assert "25.0 % (q_proj of layer 1)" in title
+    assert f"(down_proj of layer {num_layers - 1})" in title
+    assert_picture(path)
+
+
+def test_equal_layers_are_said_to_be_equal(path):
+    names = [f"model.layers.{i}.{matrix}.weight" for i in range(2) for matrix in MATRICES]
+    title = plot_layer_sparsity(dict.fromkeys(names, 0.9), path=path)
+    assert title == "Every one of the 6 prunable matrices has 90.0 % zeros"
+
+
+def training_logs():
+    distill = [{"step": s, "loss": math.exp(-s / 20), "sparsity": s / 200} for s in range(1, 101)]
+    grpo = [{"step": s, "loss": 0.0, "reward": s / 60, "sparsity": 0.5} for s in range(1, 61)]
+    return {"distill": [*distill, {"step": 100, "train_loss": 0.2}], "grpo": grpo}
+
+
+def test_training(path):
+    title = plot_training(training_logs(), path=path)
+    # 60 rewards are smoothed over 3 neighbours on each side: (1 + 2 + 3 + 4) / 4 / 60 = 0.0417.
+    assert title == "Reward goes from 0.0417 to 0.975 while sparsity goes from 0.5 % to 50.0 %"
+    assert_picture(path)
+
+
+def test_steps_are_counted_across_stages(monkeypatch, path):
+    drawn = []
+    monkeypatch.setattr(training_plots, "save_figure", lambda figure, path: drawn.append(figure))
+    plot_training(training_logs(), path=path)
+    loss, reward, sparsity = drawn[0].axes
+    steps = [list(line.get_xdata()) for line in reward.lines[-2:]]
+    assert steps[0] == list(range(101, 161))
+    assert steps[1] == [100, 100]  # where the stage begins
+    assert [line.get_xdata()[-1] for line in sparsity.lines] == [100, 160, 100]
+    assert loss.lines[0].get_xdata()[0] == 1
+    assert loss.get_xlim() == (0, 160)
+
+
+def test_training_without_grpo_shows_the_loss(path):
+    title = plot_training({"distill": training_logs()["distill"]}, path=path)
+    assert title.startswith("Loss goes from 0.8")
+    assert_picture(path)
+
+
+def test_movement_histogram_counts_every_weight_once():
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(40, 30, generator=generator).exp() * torch.randn(
+        40, 30, generator=generator
+    )
+    first[:2] = 0
+    second = torch.tensor([1e-30, -1e-30, 100.0])
+    histogram = movement_histogram([first, second])
+    values = [*first.double().flatten().tolist(), *second.double().tolist()]
+    edges = histogram["edges"]
+    assert edges[0] == pytest.approx(1e-6 * 100)
+    assert edges[-1] == pytest.approx(100)
+    assert histogram["zero"] == 60
+    for side, sign in (("positive", 1), ("negative", -1)):
+        counts = [0] * (len(edges) - 1)
+        for value in values:
+            if sign * value > 0:
+                counts[max(0, sum(edge <= abs(value) for edge in edges[:-1]) - 1)] += 1
+        assert histogram[side] == counts
+    assert sum(histogram["positive"]) + sum(histogram["negative"]) + 60 == len(values)
+
+
+def test_movement(path):
+    kept = movement_histogram([torch.tensor([1e-3, 2e-3, 3e-3, -1e-4])])
+    pruned = movement_histogram([torch.tensor([5.0, -7.0, 0.0])])
+    title = plot_movement({"kept": kept, "pruned": pruned}, path=path)
+    expected = "Training pushes 75.0 % of the kept weights away from zero, 25.0 % towards it"
+    assert title == expected
+    assert_picture(path)
+
+
+def test_movement_where_nothing_moved_and_nothing_is_pruned(path):
+    histograms = {"kept": movement_histogram([torch.zeros(5)]), "pruned": movement_histogram([])}
+    plot_movement(histograms, path=path)
+    assert_picture(path)

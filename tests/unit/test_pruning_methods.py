@@ -1,0 +1,262 @@
+"""Pruning a whole tiny Llama: counts, masks, redistribution, awkward inputs."""
+
+import pytest
+import torch
+
+from pipeline.errors import UserError
+from pipeline.models.prunable import prunable_weights
+from pipeline.pruning.batches import calibration_batches
+from pipeline.pruning.calibration_movement import calibration_movement
+from pipeline.pruning.methods import METHODS, REDISTRIBUTIONS, SCOPES, prune_model
+from tests.unit.pruning_models import PAD, make_batches, make_model, make_rows
+
+PARTS = [(True, True), (True, False), (False, True), (False, False)]
+
+
+def weights_of(model):
+    return {name: weight.detach().clone() for name, weight in prunable_weights(model).items()}
+
+
+def flat(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors.values()])
+
+
+@torch.no_grad()
+def logits_of(model, **arguments):
+    return torch.cat(
+        [
+            model(torch.tensor([prompt + completion])).logits[0]
+            for prompt, completion in zip(*make_rows(**arguments), strict=True)
+        ]
+    )
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("redistribution", REDISTRIBUTIONS)
+@pytest.mark.parametrize("method", METHODS)
+def test_zeros_are_exact(method, redistribution, scope, sparsity):
+    model = make_model(torch.float32)
+    masks = prune_model(
+        model,
+        make_batches(),
+        method=method,
+        sparsity=sparsity,
+        scope=scope,
+        redistribution=redistribution,
+    )
+    weights = weights_of(model)
+    assert list(masks) == list(weights)
+    assert all(mask.dtype == torch.bool for mask in masks.values())
+    assert torch.equal(flat(weights) != 0, flat(masks))
+    assert flat(weights).isfinite().all()
+    if scope == "model":
+        assert int((~flat(masks)).sum()) == round(sparsity * flat(masks).numel())
+    else:
+        for mask in masks.values():
+            assert int((~mask).sum()) == round(sparsity * mask.numel())
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_zeros_are_exact_when_all_weights_are_equal(method, scope):
+    model = make_model()
+    for weight in prunable_weights(model).values():
+        weight.data.fill_(0.25)
+    masks = prune_model(model, make_batches(), method=method, sparsity=0.7, scope=scope)
+    assert int((~flat(masks)).sum()) == pytest.approx(0.7 * flat(masks).numel(), abs=7)
+    assert torch.equal(flat(weights_of(model)) != 0, flat(masks))
+
+
+def test_magnitude_keeps_the_largest_of_each_matrix_and_needs_no_calibration():
+    model = make_model()
+    dense = weights_of(model)
+    masks = prune_model(model, [], method="magnitude", sparsity=0.75)
+    for name, weight in dense.items():
+        num_kept = weight.numel() - round(0.75 * weight.numel())
+        largest = weight.abs().flatten().argsort(descending=True)[:num_kept]
+        expected = torch.zeros(weight.numel(), dtype=torch.bool)
+        expected[largest] = True
+        assert torch.equal(masks[name].flatten(), expected)
+        assert torch.equal(weights_of(model)[name], weight * masks[name])
+
+
+def test_model_scope_compares_all_weights():
+    model = make_model()
+    dense = flat(weights_of(model)).abs()
+    masks = prune_model(model, [], method="magnitude", sparsity=0.75, scope="model")
+    assert dense[flat(masks)].min() >= dense[~flat(masks)].max()
+
+
+def test_negative_magnitude_keeps_the_smallest():
+    model = make_model()
+    dense = weights_of(model)
+    masks = prune_model(model, [], method="negative_magnitude", sparsity=0.5)
+    for name, weight in dense.items():
+        assert weight.abs()[masks[name]].max() <= weight.abs()[~masks[name]].min()
+
+
+def test_random_depends_on_seed_and_name_only():
+    masks = [
+        prune_model(make_model(**changes), [], method="random", sparsity=0.5, seed=seed)
+        for changes, seed in (({}, 1), ({}, 1), ({"num_hidden_layers": 1}, 1), ({}, 2))
+    ]
+    assert torch.equal(flat(masks[0]), flat(masks[1]))
+    assert all(torch.equal(masks[0][name], mask) for name, mask in masks[2].items())
+    assert not torch.equal(flat(masks[0]), flat(masks[3]))
+    assert not torch.equal(
+        *(masks[0][f"model.layers.0.mlp.{n}_proj.weight"] for n in ("gate", "up"))
+    )
+
+
+@pytest.mark.parametrize(("activation", "movement"), PARTS)
+def test_mama_score_of_the_first_matrix_against_the_formula(activation, movement):
+    model, name = make_model(), "model.layers.0.self_attn.q_proj.weight"
+    weight = weights_of(model)[name]
+    term = weight.abs()
+    if activation:
+        ids = [torch.tensor(p + c) for p, c in zip(*make_rows(), strict=True)]
+        hidden = model.model.layers[0].input_layernorm(model.model.embed_tokens(torch.cat(ids)))
+        term = term * hidden.detach().square().sum(0) ** 0.25
+
+    def rank(values):
+        return (values.flatten()[:, None] > values.flatten()[None, :]).sum(1)
+
+    score = rank(term)
+    if movement:
+        score = score + 0.25 * rank(calibration_movement(model, make_batches())[name])
+    masks = prune_model(
+        model,
+        make_batches(),
+        method="mama",
+        sparsity=0.6,
+        activation=activation,
+        movement=movement,
+    )
+    kept = masks[name].flatten()
+    assert score[kept].min() >= score[~kept].max()
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("redistribution", REDISTRIBUTIONS)
+def test_how_the_set_is_cut_into_batches_and_padded_does_not_matter(redistribution, scope):
+    pruned = []
+    for batch_size in (1, 3, 100):
+        model = make_model()
+        masks = prune_model(
+            model,
+            make_batches(batch_size),
+            method="mama",
+            sparsity=0.7,
+            scope=scope,
+            redistribution=redistribution,
+        )
+        pruned.append((flat(masks), flat(weights_of(model))))
+    for masks, weights in pruned[1:]:
+        assert torch.equal(masks, pruned[0][0])
+        torch.testing.assert_close(weights, pruned[0][1], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"num_key_value_heads": 1},
+        {"num_key_value_heads": 4},
+        {"attention_bias": True, "mlp_bias": True},
+    ],
+)
+def test_least_squares_brings_the_outputs_closer_to_the_dense_model(changes):
+    error = {}
+    for redistribution in REDISTRIBUTIONS:
+        model = make_model(torch.float32, **changes)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.5)
+        dense_logits = logits_of(model, seed=1)
+        others = {n: p.clone() for n, p in model.named_parameters() if "proj.weight" not in n}
+        prune_model(
+            model,
+            make_batches(num_rows=60),
+            method="magnitude",
+            sparsity=0.5,
+            redistribution=redistribution,
+        )
+        error[redistribution] = (logits_of(model, seed=1) - dense_logits).square().mean()
+        for name, parameter in model.named_parameters():
+            if name in others:
+                assert torch.equal(parameter, others[name]), name
+    assert error["least_squares"] < 0.8 * error["none"]
+
+
+@pytest.mark.parametrize("redistribution", REDISTRIBUTIONS)
+def test_nothing_pruned_leaves_the_model_as_it_is(redistribution):
+    model = make_model()
+    dense = flat(weights_of(model))
+    prune_model(model, make_batches(), method="mama", sparsity=0.0, redistribution=redistribution)
+    torch.testing.assert_close(flat(weights_of(model)), dense, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("redistribution", REDISTRIBUTIONS)
+@pytest.mark.parametrize("method", METHODS)
+def test_one_calibration_token(method, redistribution):
+    model = make_model()
+    batches = calibration_batches([[5]], [[]], pad_token_id=PAD, batch_size=1)
+    masks = prune_model(
+        model,
+        batches,
+        method=method,
+        sparsity=0.9,
+        redistribution=redistribution,
+        movement=False,
+    )
+    assert flat(weights_of(model)).isfinite().all()
+    assert torch.equal(flat(weights_of(model)) != 0, flat(masks))
+
+
+@pytest.mark.parametrize("redistribution", REDISTRIBUTIONS)
+@pytest.mark.parametrize("method", METHODS)
+def test_dead_input_channels(method, redistribution):
+    model = make_model()
+    model.model.layers[0].input_layernorm.weight.data[3:9] = 0.0
+    model.model.layers[1].post_attention_layernorm.weight.data.zero_()
+    masks = prune_model(
+        model, make_batches(), method=method, sparsity=0.8, redistribution=redistribution
+    )
+    assert flat(weights_of(model)).isfinite().all()
+    assert torch.equal(flat(weights_of(model)) != 0, flat(masks))
+
+
+def test_weights_of_dead_channels_go_first_under_activation():
+    model = make_model()
+    model.model.layers[0].input_layernorm.weight.data[3:9] = 0.0
+    masks = prune_model(
+        model, make_batches(), method="mama", sparsity=0.5, movement=False, redistribution="none"
+    )
+    assert not masks["model.layers.0.self_attn.q_proj.weight"][:, 3:9].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"method": "magnitudes"}, "prune.method"),
+        ({"scope": "layer"}, "prune.scope"),
+        ({"redistribution": "lsq"}, "prune.redistribution"),
+        ({"sparsity": 1.0}, "prune.sparsity"),
+        ({"sparsity": -0.1}, "prune.sparsity"),
+    ],
+)
+def test_arguments_out_of_range_are_named(changes, key):
+    arguments = {"method": "magnitude", "sparsity": 0.5, **changes}
+    with pytest.raises(UserError, match=key):
+        prune_model(make_model(), [], **arguments)
+
+
+def test_bfloat16_model():
+    model = make_model(torch.bfloat16)
+    masks = prune_model(
+        model, make_batches(), method="mama", sparsity=0.9, redistribution="least_squares"
+    )
+    assert all(weight.dtype == torch.bfloat16 for weight in weights_of(model).values())
+    assert torch.equal(flat(weights_of(model)) != 0, flat(masks))
