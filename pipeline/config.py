@@ -234,7 +234,7 @@ class RefineConfig(_Section):
     scope: Scope = "matrix"
     """Reach the fraction in each weight matrix, or over the model as a whole."""
     regrow_fraction: float = Field(0.0, ge=0, lt=1)
-    """Pruned weights brought back at a refinement, as a fraction of the zeros; decays to 0."""
+    """Weights brought back at the first refinement / weights kept then; falls to 0 by a cosine."""
     score: Literal["magnitude", "movement", "mix"] = "magnitude"
     """What ranks the kept weights; the lowest are pruned."""
     movement_weight: float = Field(0.5, ge=0, le=1)

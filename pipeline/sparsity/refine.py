@@ -2,8 +2,11 @@
 
 Kept and pruned weights are ranked apart, because their scores have different units:
 
-    n_regrow = round(regrow_fraction x zeros now), the largest |accumulated proposed update|
+    n_regrow = round(regrow_fraction x kept now), the largest |accumulated proposed update|
     n_prune  = n_regrow + (zeros wanted - zeros now), the lowest keep score
+
+The fraction is of the kept weights, as in RigL (arXiv 1911.11134): a tenth of the zeros would at
+sparsity 0.9 replace nine tenths of what is left.
 
 A weight that regrew less than `protect_steps` ago is not pruned. Each matrix keeps at least
 `min_density` of its weights.
@@ -62,7 +65,7 @@ def refine(
         weights: Name to weight; newly pruned ones are set to 0, regrown ones start at 0.
         rule: How weights are chosen.
         sparsity: Wanted fraction of zeros afterwards, in [0, 1].
-        regrow_fraction: Fraction of the pruned weights that regrow, in [0, 1].
+        regrow_fraction: Weights that regrow, as a fraction of the kept ones, in [0, 1].
         step: The present step, for protection.
 
     Returns:
@@ -111,7 +114,8 @@ def _refine_group(
     mask, weight, moved = concatenate(masks), concatenate(weights), concatenate(movement)
     kept, pruned = mask.nonzero().squeeze(1), (~mask).nonzero().squeeze(1)
     zeros_wanted = round(sparsity * mask.numel())
-    num_regrow = max(round(regrow_fraction * pruned.numel()), pruned.numel() - zeros_wanted)
+    num_regrow = min(round(regrow_fraction * kept.numel()), pruned.numel())
+    num_regrow = max(num_regrow, pruned.numel() - zeros_wanted)
     num_prune = num_regrow + zeros_wanted - pruned.numel()
 
     score = keep_score(rule.score, weight[kept], moved[kept], rule.movement_weight)

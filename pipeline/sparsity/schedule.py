@@ -1,7 +1,7 @@
 """When the mask is refined, and how sparse it is then.
 
 Sparsity rises by the cubic schedule of gradual pruning (Zhu & Gupta 2017, arXiv 1710.01878, eq. 1);
-the fraction of pruned weights that regrow falls by a cosine to zero (RigL, arXiv 1911.11134,
+the fraction of weights that regrow falls by a cosine to zero (RigL, arXiv 1911.11134,
 section 3), so that the last mask is trained.
 """
 
@@ -24,7 +24,7 @@ class RefinementSchedule:
     every_steps: int
     """Optimizer steps between two refinements."""
     regrow_fraction: float
-    """Fraction of the pruned weights that regrow at `begin_step`."""
+    """Weights that regrow at `begin_step`, as a fraction of the kept ones."""
 
     def is_due(self, step: int) -> bool:
         """Whether the mask is refined after optimizer step `step` (the first step is 1)."""
@@ -38,7 +38,7 @@ class RefinementSchedule:
         return self.final_sparsity + (self.start_sparsity - self.final_sparsity) * remaining**3
 
     def regrow_fraction_at(self, step: int) -> float:
-        """Fraction of the pruned weights that regrow: a/2 (1 + cos(pi progress)), 0 at the end."""
+        """Weights that regrow / kept weights: a/2 (1 + cos(pi progress)), 0 at the end."""
         if step >= self.end_step:
             return 0.0
         return 0.5 * self.regrow_fraction * (1.0 + math.cos(math.pi * self._progress(step)))

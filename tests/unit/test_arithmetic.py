@@ -1,9 +1,11 @@
 """The bundled task and its Llama: what design section 8 asks of them."""
 
+import re
+
 import pytest
 import torch
 
-from pipeline.data.arithmetic import MODULUS, OPERATIONS, generate_rows, solve
+from pipeline.data.arithmetic import generate_rows, solve
 from pipeline.data.tasks import load_task
 from pipeline.evaluation.accuracy import greedy_accuracy
 from pipeline.models.loading import BUNDLED_MODEL, load_model, load_tokenizer
@@ -12,12 +14,10 @@ from pipeline.pruning.methods import prune_model
 from rewards.correctness import exact
 
 
-def test_a_chain_worked_out_by_hand():
-    assert MODULUS == 97
-    # 2 @ 3 = 8 + 18 + 3 = 29; 29 # 5 = 125 + 4205 + 29 = 4359 = 44 * 97 + 91
-    assert solve("02@03#05=") == "2991"
-    # 4 & 7 = 448 + 196 + 7 = 651 = 6 * 97 + 69; 69 @ 0 = 328509 = 3386 * 97 + 67
-    assert solve("04&07@00=") == "6967"
+def test_chains_worked_out_by_hand():
+    assert solve("472+685=") == "1157"
+    assert solve("472-685=") == "-213"
+    assert solve("500-500=") == "0"
 
 
 def test_rows_are_reproducible_distinct_and_of_their_split():
@@ -28,16 +28,7 @@ def test_rows_are_reproducible_distinct_and_of_their_split():
         p for split in ("train", "calibration", "probe") for p, _ in generate_rows(300, 5, split)
     }
     assert not others & {prompt for prompt, _ in rows}
-    assert all(set(prompt) <= set("0123456789=" + "".join(OPERATIONS)) for prompt in others)
-
-
-def test_every_table_entry_is_in_a_usual_training_set():
-    seen = set()
-    for prompt, answer in generate_rows(60_000, 0, "train"):
-        first, middle = int(prompt[:2]), int(answer[:2])
-        seen.add((first, prompt[2], int(prompt[3:5])))
-        seen.add((middle, prompt[5], int(prompt[6:8])))
-    assert len(seen) > 0.98 * len(OPERATIONS) * MODULUS**2
+    assert all(re.fullmatch(r"\d{3}[+-]\d{3}=", prompt) for prompt in others)
 
 
 def test_files_are_small_and_the_sizes_within_the_design():

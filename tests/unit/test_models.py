@@ -102,9 +102,9 @@ def test_bundled_tokenizer_pads_left_with_a_token_that_ends_nothing():
     tokenizer = load_tokenizer("bundled")
     assert tokenizer.padding_side == "left"
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    ids = tokenizer("12@35#70=")["input_ids"]
-    assert len(ids) == 6
-    assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == "12@35#70="
+    ids = tokenizer("472-685=")["input_ids"]
+    assert len(ids) == 8
+    assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == "472-685="
 
 
 def test_different_tokenizers_are_refused_with_the_first_difference(tmp_path):
@@ -113,11 +113,11 @@ def test_different_tokenizers_are_refused_with_the_first_difference(tmp_path):
     shutil.copy(BUNDLED_MODEL / "config.json", tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     vocab = content["model"]["vocab"]
-    vocab["44"], vocab["45"] = vocab["45"], vocab["44"]
+    vocab["4"], vocab["5"] = vocab["5"], vocab["4"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     student, teacher = load_tokenizer("bundled"), load_tokenizer(str(tmp_path))
     check_same_tokenizer(student, student)
-    with pytest.raises(UserError, match="token 47 is '44' and '45'"):
+    with pytest.raises(UserError, match="token 7 is '4' and '5'"):
         check_same_tokenizer(student, teacher)
 
 
@@ -125,8 +125,8 @@ def test_prompts_use_the_chat_template_where_there_is_one():
     tokenizer = load_tokenizer("bundled")
     assert format_prompt(tokenizer, "1+1=") == "1+1="
     assert format_prompt(tokenizer, "1+1=", "Think.") == "1+1=\n\nThink."
-    assert encode_prompt(tokenizer, "12@35=") == tokenizer("12@35=")["input_ids"]
+    assert encode_prompt(tokenizer, "12+35=") == tokenizer("12+35=")["input_ids"]
     tokenizer.chat_template = "{{ messages[0].content }}{% if add_generation_prompt %}={% endif %}"
-    prompt = format_prompt(tokenizer, "12@35")
-    assert prompt == [{"role": "user", "content": "12@35"}]
-    assert encode_prompt(tokenizer, prompt) == tokenizer("12@35=")["input_ids"]
+    prompt = format_prompt(tokenizer, "12+35")
+    assert prompt == [{"role": "user", "content": "12+35"}]
+    assert encode_prompt(tokenizer, prompt) == tokenizer("12+35=")["input_ids"]

@@ -39,7 +39,7 @@ def test_sparser_prunes_the_smallest_magnitudes():
 
 def test_regrowth_brings_back_the_largest_proposed_update_and_prunes_as_many():
     weights, state = one_matrix()
-    done, grown = refine(state, weights, rule(), sparsity=2 / 6, regrow_fraction=0.5, step=5)
+    done, grown = refine(state, weights, rule(), sparsity=2 / 6, regrow_fraction=0.25, step=5)
     assert state.masks["w"].tolist() == [[True, False, True], [True, True, False]]
     assert grown["w"].tolist() == [[False, False, True], [False, False, False]]
     assert (done.pruned, done.regrown, done.survived) == (1, 1, 1)

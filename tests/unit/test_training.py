@@ -83,7 +83,7 @@ def grpo_trainer(tokenizer, tmp_path, *, teacher, weight, **arguments):
         model=tiny(tokenizer, 0),
         reward_funcs=[lambda completions, **_: [float(len(c) % 2) for c in completions]],
         args=GRPOConfig(**CPU, **(values | arguments)),
-        train_dataset=Dataset.from_dict({"prompt": ["12@35=", "01#02&03="] * 8}),
+        train_dataset=Dataset.from_dict({"prompt": ["12+35=", "12-35+47="] * 8}),
         processing_class=tokenizer,
         teacher=teacher,
         teacher_kl_weight=weight,
@@ -96,9 +96,9 @@ def grpo_trainer(tokenizer, tmp_path, *, teacher, weight, **arguments):
 def recorded_batch(trainer, teacher):
     """Two completions of different length; the second prompt is padded on the left."""
     batch = {
-        "prompt_ids": torch.tensor([[5, 92, 7, 95], [0, 0, 9, 95]]),
+        "prompt_ids": torch.tensor([[5, 13, 7, 15], [0, 0, 9, 15]]),
         "prompt_mask": torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]]),
-        "completion_ids": torch.tensor([[11, 12, 1], [13, 1, 0]]),
+        "completion_ids": torch.tensor([[11, 12, 1], [8, 1, 0]]),
         "completion_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
         "advantages": torch.tensor([0.7, -0.7]),
         "num_items_in_batch": torch.tensor(5),
@@ -127,7 +127,7 @@ def test_loss_gradient_is_the_textbook_policy_gradient_with_a_teacher_term(token
     gradient = trainer.model.lm_head.weight.grad.clone()
 
     model, loss = tiny(tokenizer, 0), 0.0
-    for prompt, completion, group in (([5, 92, 7, 95], [11, 12, 1], 0.7), ([9, 95], [13, 1], -0.7)):
+    for prompt, completion, group in (([5, 13, 7, 15], [11, 12, 1], 0.7), ([9, 15], [8, 1], -0.7)):
         for index in range(len(completion)):
             student = token_log_prob(model, prompt, completion, index)
             nats = (student - token_log_prob(teacher, prompt, completion, index)).detach()
@@ -166,7 +166,7 @@ def test_forward_kl_against_a_sum_by_hand():
 
 
 def distill_trainer(tokenizer, out, max_steps):
-    rows = [([5, 92, 7, 95], [11, 12, 1]), ([9, 95], [13, 1])] * 16
+    rows = [([5, 13, 7, 15], [11, 12, 1]), ([9, 15], [8, 1])] * 16
     dataset = Dataset.from_dict(
         {
             "input_ids": [prompt + completion for prompt, completion in rows],
@@ -200,7 +200,7 @@ def test_distill_loss_is_the_mean_over_completion_tokens(tokenizer, tmp_path):
     batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])
     loss = trainer.compute_loss(model, dict(batch))
     expected, count = 0.0, 0
-    for prompt, completion in (([5, 92, 7, 95], [11, 12, 1]), ([9, 95], [13, 1])):
+    for prompt, completion in (([5, 13, 7, 15], [11, 12, 1]), ([9, 15], [8, 1])):
         for index, token in enumerate(completion):
             ids = torch.tensor([prompt + completion[:index]])
             log_q, log_p = (m(ids).logits[0, -1].log_softmax(-1) for m in (model, teacher))
