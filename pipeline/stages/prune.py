@@ -100,6 +100,7 @@ def _prune(
         activation=values.score_parts.activation,
         movement=values.score_parts.movement,
         seed=config.run.seed,
+        progress="prune",
     )
 
 

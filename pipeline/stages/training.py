@@ -58,6 +58,7 @@ def stage_sparsity(config: Config, folder: RunFolder, stage: str, state: Sparsit
     """
     refine = config.refine
     stages = refining_stages(config)
+    earlier = stages[: stages.index(stage)] if stage in stages else []
     recorded = [folder.record(name) or {} for name in ("distill", "grpo")]
     end = next((r["refine_end_step"] for r in recorded if r.get("refine_end_step")), None)
     start = config.prune.sparsity if refine.start_sparsity is None else refine.start_sparsity
@@ -87,7 +88,7 @@ def stage_sparsity(config: Config, folder: RunFolder, stage: str, state: Sparsit
             min_density=refine.min_density,
         ),
         half_life_steps=config.movement.half_life_steps,
-        first_step=sum(max_steps(config, name) for name in stages if name < stage),
+        first_step=sum(max_steps(config, name) for name in earlier),
         stage=stage,
     )
 

@@ -1,0 +1,75 @@
+"""Mistakes of the user: status 2, one message with key, value and remedy, nothing lost on disk."""
+
+import json
+import shutil
+
+import pytest
+
+from launch.train import main
+from pipeline.models.loading import BUNDLED_MODEL
+
+QUICKSTART = ["--config", "configs/quickstart.yaml"]
+
+
+def refused(capsys, out, *arguments):
+    """Runs in process, and gives the message of a run that must be refused before it begins."""
+    status = main([*QUICKSTART, "--output_dir", str(out), *arguments])
+    message = capsys.readouterr().err
+    assert status == 2
+    assert message.startswith("error: ")
+    assert "Traceback" not in message
+    return message
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch, pytestconfig):
+    monkeypatch.chdir(pytestconfig.rootpath)
+
+
+def test_missing_student_and_teacher(capsys, tmp_path):
+    out = tmp_path / "run"
+    assert "student.path: './nowhere'" in refused(capsys, out, "--student.path", "./nowhere")
+    assert "teacher.path: './nowhere'" in refused(capsys, out, "--teacher.path", "./nowhere")
+    assert not out.exists()
+
+
+def test_broken_line_of_a_task_file_is_named(capsys, tmp_path):
+    task = tmp_path / "task.jsonl"
+    task.write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "1+2=", "answer"\n')
+    message = refused(capsys, tmp_path / "run", "--task.path", str(task))
+    assert "line 2" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_tokenizers_that_differ(capsys, tmp_path):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(BUNDLED_MODEL, teacher)
+    content = json.loads((teacher / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    vocab["+"], vocab["-"] = vocab["-"], vocab["+"]
+    (teacher / "tokenizer.json").write_text(json.dumps(content))
+    message = refused(capsys, tmp_path / "run", "--teacher.path", str(teacher))
+    assert "different tokenizers" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_verifier_that_fits_no_answer(capsys, tmp_path):
+    message = refused(capsys, tmp_path / "run", "--task.verifier", "tests.e2e.test_bad_input:never")
+    assert "does not accept the answer" in message
+
+
+def never(completion, answer):
+    """A verifier that no answer satisfies."""
+    return 0.0
+
+
+def test_an_output_folder_that_is_a_file(capsys, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    assert "cannot be written" in refused(capsys, tmp_path / "run")
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_a_value_that_trl_refuses(capsys, tmp_path):
+    message = refused(capsys, tmp_path / "run", "--grpo.num_generations", "7")
+    assert message.startswith("error: grpo: ")
+    assert not (tmp_path / "run").exists()
