@@ -6,16 +6,19 @@ The shipped one was made by
 
 and the dense rival with 5 % of its decoder weights by adding the smaller sizes (RESULTS.md).
 Prompts are drawn without end from the training split; the loss is on the answers. Muon
-(`torch.optim.Muon`, Keller Jordan 2024) trains the decoder matrices, AdamW the rest: on this task
-it needs about half of AdamW's steps.
+(`torch.optim.Muon`, Keller Jordan 2024) trains the decoder matrices, AdamW the rest, see RESULTS.md.
 """
 
 import argparse
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
+
+# Python puts launch/ on the path, not its parent, which holds the packages of a plain clone.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers

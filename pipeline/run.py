@@ -76,8 +76,8 @@ def run(config: Config, *, output_dir: Path, resume: str = "auto") -> None:
     inputs = open_inputs(config)
     folder = RunFolder.open(output_dir)
     checkpoint = _checkpoint(folder, resume)
-    _settle(config, folder, resume)
     _log_to(folder.root / "log")
+    _settle(config, folder, resume)
     status = 1
     try:
         write_text(folder.root / "config.yaml", to_yaml(config))
@@ -273,7 +273,7 @@ def _log_to(path: Path) -> None:
         level=logging.WARNING,
         format="%(asctime)s %(message)s",
         datefmt="%H:%M:%S",
-        handlers=[logging.StreamHandler(sys.stderr), logging.FileHandler(path)],
+        handlers=[logging.StreamHandler(sys.stderr), logging.FileHandler(path, delay=True)],
         force=True,
     )
     logging.getLogger("pipeline").setLevel(logging.INFO)
