@@ -6,7 +6,7 @@ The shipped one was made by
 
 and the dense rival with 5 % of its decoder weights by adding the smaller sizes (RESULTS.md).
 Prompts are drawn without end from the training split; the loss is on the answers. Muon
-(`torch.optim.Muon`, Keller Jordan 2024) trains the decoder matrices, AdamW the rest, see RESULTS.md.
+(`torch.optim.Muon`, Keller Jordan 2024) trains the decoder matrices, AdamW the rest (RESULTS.md).
 """
 
 import argparse
