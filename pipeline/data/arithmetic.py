@@ -1,21 +1,35 @@
-"""The bundled task: sums and differences of two three-digit numbers, answered at once.
+"""The bundled task: chains of two invented operations on the residues modulo the prime 61.
 
-A prompt such as `472-685=` asks for `-213`, most significant digit first and without steps in
-between, so the first token needs the sign and every carry or borrow. There are 1.62 million
-prompts; those of the splits are disjoint.
+    a @ b = (a^3 + a b^2 + b) mod 61
+    a # b = (b^3 + a^2 b + a) mod 61       evaluated from the left
+
+A prompt such as `12@35#07@44=` asks for the three results on the way, two digits each. Small
+transformers find no short cut to such polynomials (Power et al. 2022, arXiv 2201.02177, appendix
+A.1.1), so both tables, 2 x 61^2 entries of log2(61) bits, have to be stored in the weights: the
+task needs its model. Every entry occurs in training; the chains of the splits, 111 million in all,
+are disjoint.
 """
 
 import random
+from collections.abc import Callable
 
 from pipeline.data.tasks import split_of
 
-SIGNS = "+-"
+MODULUS = 61
+NUM_OPERATIONS = 3
+OPERATIONS: dict[str, Callable[[int, int], int]] = {
+    "@": lambda a, b: (a**3 + a * b**2 + b) % MODULUS,
+    "#": lambda a, b: (b**3 + a**2 * b + a) % MODULUS,
+}
 
 
 def solve(prompt: str) -> str:
-    """The answer to a prompt."""
-    first, sign, second = int(prompt[:3]), prompt[3], int(prompt[4:7])
-    return str(first + second if sign == "+" else first - second)
+    """The answer to a prompt: every result on the way, two digits each."""
+    result, answer = int(prompt[:2]), ""
+    for start in range(2, len(prompt) - 1, 3):
+        result = OPERATIONS[prompt[start]](result, int(prompt[start + 1 : start + 3]))
+        answer += f"{result:02d}"
+    return answer
 
 
 def generate_rows(num_rows: int, seed: int, split: str) -> list[tuple[str, str]]:
@@ -30,10 +44,13 @@ def generate_rows(num_rows: int, seed: int, split: str) -> list[tuple[str, str]]
         (prompt, answer) pairs.
     """
     generator = random.Random(f"{seed}/{split}")
+    signs = "".join(OPERATIONS)
     rows: dict[str, str] = {}
     while len(rows) < num_rows:
-        first, second = generator.randint(100, 999), generator.randint(100, 999)
-        prompt = f"{first}{generator.choice(SIGNS)}{second}="
+        prompt = f"{generator.randrange(MODULUS):02d}"
+        for _ in range(NUM_OPERATIONS):
+            prompt += f"{generator.choice(signs)}{generator.randrange(MODULUS):02d}"
+        prompt += "="
         if split_of(prompt) == split:
             rows[prompt] = solve(prompt)
     return list(rows.items())

@@ -15,9 +15,8 @@ from rewards.correctness import exact
 
 
 def test_chains_worked_out_by_hand():
-    assert solve("472+685=") == "1157"
-    assert solve("472-685=") == "-213"
-    assert solve("500-500=") == "0"
+    # 2@3: 8 + 2 * 9 + 3 = 29; 29#1: 1 + 841 + 29 = 871 = 14 * 61 + 17; 17@0: 17^3 = 80 * 61 + 33
+    assert solve("02@03#01@00=") == "291733"
 
 
 def test_rows_are_reproducible_distinct_and_of_their_split():
@@ -28,7 +27,7 @@ def test_rows_are_reproducible_distinct_and_of_their_split():
         p for split in ("train", "calibration", "probe") for p, _ in generate_rows(300, 5, split)
     }
     assert not others & {prompt for prompt, _ in rows}
-    assert all(re.fullmatch(r"\d{3}[+-]\d{3}=", prompt) for prompt in others)
+    assert all(re.fullmatch(r"\d\d([@#]\d\d){3}=", prompt) for prompt in others)
 
 
 def test_files_are_small_and_the_sizes_within_the_design():
