@@ -1,149 +1,95 @@
 """Benchmarks: each measures our side and the reference in one run, alternating.
 
-    python launch/benchmark.py --suite step
+    python launch/benchmark.py --suite step        a GRPO step of the quickstart
+    python launch/benchmark.py --suite engine      the engine alone, by model shape
+    python launch/benchmark.py --suite clipping    what the gradient norm does to movement
 
-`step`: what mask and movement add to a GRPO step of the quickstart. One trainer; its hooks are on
-in every second step, so both sides see the same model, prompts and machine. Refinement steps are
-timed apart, because they come once in `refine.every_steps`.
+Each writes `results/benchmark_SUITE.json`: medians and quartiles, with hardware, date, versions and
+commit. `OMP_NUM_THREADS` sets torch's threads.
 """
 
 import argparse
+import os
 import platform
-import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 # Python puts launch/ on the path, not its parent, which holds the packages of a plain clone.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-from transformers import TrainerCallback
-
 from pipeline.artifacts import git_commit, installed_versions, write_json
-from pipeline.config_loading import load_config
-from pipeline.models.prunable import apply_masks, prunable_weights
-from pipeline.sparsity.refine import RefinementRule, refine
-from pipeline.sparsity.state import SparsityState
-from pipeline.sparsity.threshold import masks_by_score
-from pipeline.stages.grpo import as_dataset
-from pipeline.stages.inputs import open_dense_student, open_task, open_teacher
-from pipeline.training.arguments import grpo_arguments
-from pipeline.training.grpo_trainer import TeacherGRPOTrainer
-from pipeline.training.sparse_trainer import Sparsity
-from rewards.mix import build_rewards
+from pipeline.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-WARM_UP_STEPS = 6
+BAD_INPUT = 2
 
 
-class AlternatingHooks(TrainerCallback):
-    """Switches the engine on in even steps and off in odd ones, and times every step in seconds."""
+def environment() -> dict:
+    """What the figures depend on, and how busy the machine is before they are taken."""
+    import torch
 
-    def __init__(self, sparsity_callback):
-        """`sparsity_callback`: what `add_sparsity` returned."""
-        self.sparsity_callback = sparsity_callback
-        self.seconds: dict[bool, list[float]] = {True: [], False: []}
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        """Sets the hooks for the coming step and starts the clock."""
-        self.with_engine = state.global_step % 2 == 0
-        callback = self.sparsity_callback
-        callback.hooks.remove()
-        if self.with_engine:
-            callback.bind()
-        self.started = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Notes the time once the machine is warm."""
-        if state.global_step > WARM_UP_STEPS:
-            self.seconds[self.with_engine].append(time.perf_counter() - self.started)
-
-
-def magnitude_masks(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Magnitude masks at sparsity 0.9, so that both kinds of weights are there."""
-    return masks_by_score({n: w.detach().abs() for n, w in weights.items()}, 0.9, "matrix")
-
-
-def grpo_step(num_steps: int) -> dict:
-    """Medians in seconds of a GRPO step with and without mask and movement, and of a refinement."""
-    config = load_config(ROOT / "configs" / "quickstart.yaml", {"grpo.max_steps": num_steps})
-    inputs = open_task(config)
-    functions, weights = build_rewards(["correctness"], None, inputs.verifier)
-    student = open_dense_student(config)
-    masks = magnitude_masks(prunable_weights(student))
-    apply_masks(student, masks)
-    state = SparsityState.from_masks(masks)
-    rule = RefinementRule(
-        scope="matrix", score="magnitude", movement_weight=0.5, protect_steps=20, min_density=0.0
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = TeacherGRPOTrainer(
-            model=student,
-            reward_funcs=functions,
-            args=grpo_arguments(config, Path(folder), weights),
-            train_dataset=as_dataset(inputs.task.train, inputs),
-            processing_class=inputs.tokenizer,
-            teacher=open_teacher(config),
-            teacher_kl_weight=config.rewards.teacher_kl_weight,
+    processor = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(
+            (v for k, _, v in (x.partition(": ") for x in lines) if "name" in k), processor
         )
-        sparsity_callback = trainer.add_sparsity(
-            Sparsity(
-                state=state,
-                schedule=None,
-                rule=rule,
-                half_life_steps=config.movement.half_life_steps,
-                first_step=0,
-                stage="grpo",
-            )
-        )
-        timer = AlternatingHooks(sparsity_callback)
-        trainer.add_callback(timer)
-        trainer.train()
-    refinements = []
-    for _ in range(7):
-        started = time.perf_counter()
-        refine(
-            state, prunable_weights(student), rule, sparsity=0.9, regrow_fraction=0.1, step=10**6
-        )
-        refinements.append(time.perf_counter() - started)
-    ratios = [a / b for a, b in zip(timer.seconds[True], timer.seconds[False], strict=False)]
-    quartiles = statistics.quantiles(ratios, n=4)
+    cores = len(os.sched_getaffinity(0))
     return {
-        "with_engine_seconds": statistics.median(timer.seconds[True]),
-        "without_engine_seconds": statistics.median(timer.seconds[False]),
-        "ratio": statistics.median(timer.seconds[True]) / statistics.median(timer.seconds[False]),
-        "paired_ratio_quartiles": [quartiles[0], quartiles[2]],
-        "refinement_seconds": statistics.median(refinements),
-        "num_pairs": len(ratios),
-    }
-
-
-def main() -> None:
-    """Runs one suite, prints it and writes it to `results/`."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--suite", choices=["step"], required=True)
-    parser.add_argument("--steps", type=int, default=100, help="GRPO steps in all")
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "benchmark_step.json")
-    arguments = parser.parse_args()
-    result = {
-        "suite": arguments.suite,
         "date": time.strftime("%Y-%m-%d"),
         "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "processor": processor,
+        "cores": {"machine": os.cpu_count(), "this_process": cores},
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "clock": "processor" if torch.get_num_threads() == 1 else "wall",
+        "load_average_before": os.getloadavg()[0],
         "git_commit": git_commit(),
         "versions": installed_versions(),
-        **grpo_step(arguments.steps),
     }
-    write_json(arguments.output, result)
-    print(
-        f"GRPO step {result['with_engine_seconds']:.3f} s with mask and movement, "
-        f"{result['without_engine_seconds']:.3f} s without: ratio {result['ratio']:.3f} "
-        f"(quartiles of pairs {result['paired_ratio_quartiles'][0]:.3f} to "
-        f"{result['paired_ratio_quartiles'][1]:.3f}); a refinement takes "
-        f"{result['refinement_seconds']:.3f} s"
+
+
+def measure(arguments: argparse.Namespace) -> dict:
+    """Runs one suite and prints what it found."""
+    if arguments.suite == "step":
+        from launch.benchmarks import step as suite  # trl takes seconds
+
+        result = suite.run(arguments.steps)
+    elif arguments.suite == "engine":
+        from launch.benchmarks import engine as suite
+
+        result = suite.run(arguments.config)
+    else:
+        from launch.benchmarks import clipping as suite
+
+        result = suite.run(arguments.steps)
+    suite.show(result)
+    return result
+
+
+def main() -> int:
+    """Runs one suite, prints it and writes it to `results/`. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--suite", choices=["step", "engine", "clipping"], required=True)
+    parser.add_argument("--steps", type=int, default=100, help="of suites step and clipping")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=ROOT / "configs" / "benchmark" / "engine.yaml",
+        help="model shapes of suite engine",
     )
+    parser.add_argument("--output", type=Path, help="default: results/benchmark_SUITE.json")
+    arguments = parser.parse_args()
+    output = arguments.output or ROOT / "results" / f"benchmark_{arguments.suite}.json"
+    started = time.perf_counter()
+    try:
+        result = {"suite": arguments.suite, **environment(), **measure(arguments)}
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return BAD_INPUT
+    write_json(output, {**result, "suite_seconds": time.perf_counter() - started})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

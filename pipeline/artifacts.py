@@ -22,6 +22,7 @@ from pipeline.errors import UserError
 
 STAGES = ("prune", "distill", "grpo", "evaluate")
 RECORD_FILE = "stage.json"
+MASK_FILE = "mask.safetensors"
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "deepspeed")
 
 

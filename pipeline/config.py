@@ -187,6 +187,8 @@ class DistillConfig(_TrlSection):
     """Weight of KL(teacher || student), in nats per completion token."""
     ce_weight: float = Field(0.0, ge=0)
     """Weight of the cross-entropy on the completion's tokens, in nats per token."""
+    muon_learning_rate: float | None = Field(None, gt=0)
+    """Trains the prunable matrices with Muon at this rate; null trains all with distill.optim."""
 
 
 class GrpoConfig(_TrlSection):
@@ -211,8 +213,14 @@ class RewardsConfig(_Section):
 class MovementConfig(_Section):
     """The record of what training does to each weight."""
 
+    kept: Literal["gradient", "displacement"] = "gradient"
+    """Of kept weights: -g*w, or how far the step moved the weight away from zero."""
+    pruned: Literal["proposed", "negative_gradient"] = "proposed"
+    """Of pruned weights: the update the optimizer proposes / learning rate, or -g."""
     half_life_steps: float = Field(100.0, gt=0)
     """Optimizer steps after which an old step counts half."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the record in memory: 4 bytes a weight, or 2, rounded stochastically."""
 
 
 class RefineConfig(_Section):
@@ -231,11 +239,11 @@ class RefineConfig(_Section):
     """Step that reaches prune.sparsity; null is 60 % of the steps of refine.stages."""
     every_steps: int = Field(10, ge=1)
     """Optimizer steps between two refinements."""
-    scope: Scope = "matrix"
-    """Reach the fraction in each weight matrix, or over the model as a whole."""
+    scope: Literal["matrix", "model", "row"] = "matrix"
+    """Reach the fraction in each weight matrix, over the model as a whole, or in each row."""
     regrow_fraction: float = Field(0.0, ge=0, lt=1)
     """Weights brought back at the first refinement / weights kept then; falls to 0 by a cosine."""
-    score: Literal["magnitude", "movement", "mix"] = "magnitude"
+    score: Literal["magnitude", "movement", "fisher", "mix"] = "magnitude"
     """What ranks the kept weights; the lowest are pruned."""
     movement_weight: float = Field(0.5, ge=0, le=1)
     """Share of the movement's rank in score mix; the magnitude's rank has the rest."""

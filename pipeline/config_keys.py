@@ -13,7 +13,7 @@ from pipeline.config_yaml import show_value
 from pipeline.trl_keys import REFUSED, settable_keys
 
 TRL_SECTIONS = tuple(REFUSED)
-_LEAST_LIKENESS = 0.6  # of two names, in [0, 1]; difflib's own default
+_LEAST_LIKENESS = 0.62  # of two names, in [0, 1]
 _NOUNS = {bool: "true or false", int: "int", float: "float", str: "string", type(None): "null"}
 _LIMITS = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}
 

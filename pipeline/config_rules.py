@@ -36,7 +36,7 @@ def cross_faults(config: Config) -> list[Fault]:
     Returns:
         The broken rules; empty when all hold.
     """
-    rules = (_training_faults, _teacher_term_faults, _sparsity_faults)
+    rules = (_training_faults, _teacher_term_faults, _sparsity_faults, _engine_faults)
     return [fault for rule in rules for fault in rule(config)]
 
 
@@ -136,4 +136,25 @@ def _sparsity_faults(config: Config) -> Iterator[Fault]:
             f"more than prune.sparsity, {target}, leaves",
             f"set {1 - target:.6g} or less instead",
             ("prune.sparsity", "refine.scope"),
+        )
+
+
+def _engine_faults(config: Config) -> Iterator[Fault]:
+    """What movement and scores need from each other and from the optimizer."""
+    if config.movement.kept == "displacement" and config.movement.dtype == "bfloat16":
+        yield Fault(
+            "movement.dtype",
+            "bfloat16",
+            "movement.kept displacement is a difference of two magnitudes, of which bfloat16 keeps "
+            "nothing",
+            "set float32, or movement.kept: gradient, instead",
+            ("movement.kept",),
+        )
+    if config.refine.score == "fisher" and config.distill.muon_learning_rate is not None:
+        yield Fault(
+            "refine.score",
+            "fisher",
+            "needs Adam's second moment, which distill.muon_learning_rate leaves out",
+            "set magnitude, or distill.muon_learning_rate: null, instead",
+            ("distill.muon_learning_rate",),
         )

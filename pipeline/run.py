@@ -3,15 +3,16 @@
 Before a stage runs, its inputs (the config keys it reads and the hashes of its input files) are
 compared with those it was begun with: same and done, it is skipped; same and not done, it resumes;
 changed, it is refused or, with `--resume redo`, moved to `old/` and run again.
+
+On many ranks, rank 0 alone decides, prunes, evaluates and writes records (`ranks.py`).
 """
 
 import logging
-import os
 import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +32,15 @@ from pipeline.config import Config
 from pipeline.config_loading import to_yaml
 from pipeline.errors import UserError
 from pipeline.models.loading import resolve_model
+from pipeline.ranks import is_main, on_main
 from pipeline.stages import distill, evaluate, grpo, prune
 from pipeline.stages.inputs import TaskInputs, check_teacher, open_task
 from pipeline.stages.training import end_step, refining_stages
 from pipeline.training.arguments import check_trl_values
 from pipeline.training.checkpoint import MARKER_FILE
 
-RUNS: dict[str, Callable[..., None]] = {
-    "prune": prune.run,
-    "distill": distill.run,
-    "grpo": grpo.run,
-    "evaluate": evaluate.run,
-}
+ON_RANK_0 = {"prune": prune.run, "evaluate": evaluate.run}
+ON_EVERY_RANK = {"distill": distill.run, "grpo": grpo.run}
 
 SECTIONS_READ = {
     "prune": ("student", "teacher", "task", "calibration", "prune"),
@@ -70,35 +68,50 @@ def run(config: Config, *, output_dir: Path, resume: str = "auto") -> None:
     Raises:
         UserError: Bad input, or a folder whose stages were made by another config.
     """
-    _refuse_many_processes()
     _quiet_libraries()
     check_trl_values(config)
     inputs = open_inputs(config)
-    folder = RunFolder.open(output_dir)
+    folder = on_main(partial(RunFolder.open, output_dir))
     checkpoint = _checkpoint(folder, resume)
     _log_to(folder.root / "log")
-    _settle(config, folder, resume)
+    on_main(partial(_settle, config, folder, resume))
     status = 1
     try:
-        write_text(folder.root / "config.yaml", to_yaml(config))
-        for stage in config.run.stages:
-            if _is_current(stage, config, folder):
-                logger.info("%s: done before, skipped", stage)
-                continue
-            _run_stage(stage, config, folder, inputs, checkpoint)
-        logger.info("%s: %s", folder.root, ", ".join(f"{s} done" for s in config.run.stages))
+        _run_stages(config, folder, inputs, checkpoint)
         status = 0
     except UserError:
         status = 2
         raise
     finally:
-        write_text(folder.root / "exit_status", f"{status}\n")
+        if is_main():
+            write_text(folder.root / "exit_status", f"{status}\n")
 
 
-def _run_stage(
-    stage: str, config: Config, folder: RunFolder, inputs: TaskInputs, checkpoint: Path | None
+def _run_stages(
+    config: Config, folder: RunFolder, inputs: TaskInputs, checkpoint: Path | None
 ) -> None:
-    """Runs one stage between two writes of its record."""
+    """Runs what is not done, in order."""
+    if is_main():
+        write_text(folder.root / "config.yaml", to_yaml(config))
+    for stage in config.run.stages:
+        if on_main(partial(_is_current, stage, config, folder)):
+            logger.info("%s: done before, skipped", stage)
+            continue
+        record = on_main(partial(_begin, stage, config, folder))
+        started = time.monotonic()
+        out = folder.stage(stage)
+        if stage in ON_EVERY_RANK:
+            from_here = checkpoint if checkpoint and checkpoint.parent.name == stage else None
+            ON_EVERY_RANK[stage](config, folder, inputs, out, from_here)
+        else:
+            on_main(partial(ON_RANK_0[stage], config, folder, inputs, out))
+        seconds = record["seconds"] + time.monotonic() - started
+        on_main(partial(_finish, stage, folder, record, seconds))
+    logger.info("%s: %s", folder.root, ", ".join(f"{s} done" for s in config.run.stages))
+
+
+def _begin(stage: str, config: Config, folder: RunFolder) -> dict[str, Any]:
+    """Writes the record of a stage that begins or goes on."""
     old = folder.record(stage) or {}
     record: dict[str, Any] = {
         "stage": stage,
@@ -114,12 +127,14 @@ def _run_stage(
         record["refine_end_step"] = old.get("refine_end_step") or end_step(config)
     folder.write_record(stage, record)
     logger.info("%s: %s", stage, "resumed" if old else "begins")
-    started = time.monotonic()
-    extra = (checkpoint,) if checkpoint is not None and checkpoint.parent.name == stage else ()
-    RUNS[stage](config, folder, inputs, folder.stage(stage), *extra)
+    return record
+
+
+def _finish(stage: str, folder: RunFolder, record: dict[str, Any], seconds: float) -> None:
+    """Writes the record of a stage that is done."""
     record |= {
         "outputs": _hashes(folder.stage(stage)),
-        "seconds": record["seconds"] + time.monotonic() - started,
+        "seconds": seconds,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "done": True,
     }
@@ -234,15 +249,6 @@ def open_inputs(config: Config) -> TaskInputs:
     return inputs
 
 
-def _refuse_many_processes() -> None:
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1:
-        raise UserError(
-            f"num_processes: {world_size}: masks and movement are kept on one process so far; "
-            "launch with --num_processes 1 (configs/accelerate/single.yaml)"
-        )
-
-
 def _model_fingerprint(path: str) -> dict[str, str] | str:
     """Hashes of a local model's files; a Hub id stands for itself with its revision."""
     folder = Path(resolve_model(path, "student.path"))
@@ -261,14 +267,16 @@ def _hashes(folder: Path) -> dict[str, str]:
 def _quiet_libraries() -> None:
     """Keeps the terminal for what a user acts on.
 
-    No bars for files of a second, no notices about names that TRL uses and transformers renames.
+    No bars for files of a second, no notices about names that TRL uses and transformers renames, or
+    that DeepSpeed uses and torch renames.
     """
     disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    for module in ("transformers", "torch.distributed"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
 
 
 def _log_to(path: Path) -> None:
-    """Sends the pipeline's log to the terminal and, appended, to the run folder."""
+    """Sends the pipeline's log to the terminal and, appended, to the run folder; rank 0 only."""
     logging.basicConfig(
         level=logging.WARNING,
         format="%(asctime)s %(message)s",
@@ -276,4 +284,4 @@ def _log_to(path: Path) -> None:
         handlers=[logging.StreamHandler(sys.stderr), logging.FileHandler(path, delay=True)],
         force=True,
     )
-    logging.getLogger("pipeline").setLevel(logging.INFO)
+    logging.getLogger("pipeline").setLevel(logging.INFO if is_main() else logging.ERROR)

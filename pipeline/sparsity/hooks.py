@@ -1,68 +1,147 @@
 """The engine inside `optimizer.step()`: observe movement, let the update pass, enforce the mask.
 
-One pre-hook and one post-hook on the optimizer. After every step a pruned weight is exactly 0,
-whatever momentum and weight decay do. Steps are not counted here: a hook may fire more than once
-per training step under other optimizers.
+One pre-hook and one post-hook on the base optimizer, over this rank's shards. After every step a
+pruned weight is exactly 0, whatever momentum and weight decay do; its moments are left alone, and
+as optimizers are elementwise they never move a kept weight. Nothing is communicated: the copy of
+fp32 weights to those that compute, which follows every step anyway, carries the zeros.
+
+Under ZeRO the hooks fire once for every parameter group or sub-group, so they look at the tensors
+that the optimizer holds at that moment and never count steps. A weight without a gradient is not
+stepped and not observed. A skipped step must not reach the optimizer: gradients that are not
+finite would stay in the accumulator (DeepSpeed skips by itself; the trainer does otherwise).
+
+Memory traffic a weight and step, `gradient` with `proposed` in fp32: w, g, S read and S written
+before the update, w and S read and written after it, 1 bit of mask: 32 bytes, beside 28 for a
+fused AdamW. Read in pieces that stay in the cache (`chunks.py`).
 """
 
-import torch
-from torch import nn
+from collections import defaultdict
 
-from pipeline.sparsity.movement import decay_per_step, observe_kept, observe_pruned
+import torch
+from torch import Tensor
+
+from pipeline.sparsity import movement as observations
+from pipeline.sparsity.chunks import Chunks
+from pipeline.sparsity.movement import MovementRule
+from pipeline.sparsity.shards import Shard, ShardedWeights
 from pipeline.sparsity.state import SparsityState
+from pipeline.sparsity.stochastic import rounding_key
 
 
 class SparsityHooks:
     """Binds a `SparsityState` to the optimizer that trains the weights."""
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        weights: dict[str, nn.Parameter],
-        state: SparsityState,
-        half_life_steps: float,
-    ):
-        """Registers both hooks.
+    def __init__(self, weights: ShardedWeights, state: SparsityState, rule: MovementRule):
+        """Zeroes what the mask prunes, everywhere, and registers both hooks.
+
+        Every rank calls it, because the zeros are published.
 
         Args:
-            optimizer: The optimizer that holds the weights themselves (no flat copies).
-            weights: Name to fp32 parameter.
-            state: Masks and movement by the same names.
-            half_life_steps: After how many steps an observation counts half.
+            weights: This rank's shards.
+            state: Their masks and movement; the movement is observed in place.
+            rule: What is observed.
 
         Raises:
-            ValueError: The optimizer does not train one of the weights.
+            ValueError: The state does not fit the shards, or its movement not the rule.
         """
+        _check_fit(weights, state, rule)
         self.state = state
-        self.decay = decay_per_step(half_life_steps)
-        groups = {
-            id(parameter): group
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
-        missing = [name for name, weight in weights.items() if id(weight) not in groups]
-        if missing:
-            raise ValueError(f"the optimizer does not train {missing[0]} ({len(missing)} in all)")
-        self.weights = {name: (weight, groups[id(weight)]) for name, weight in weights.items()}
-        self.handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+        self.rule = rule
+        self.step = 0
+        """The trainer's step, which the trainer sets. Only stochastic rounding reads it."""
+        self._shards: dict[int, list[Shard]] = defaultdict(list)
+        self._chunks: dict[torch.device, Chunks] = {}
+        for shard in weights.shards.values():
+            self._shards[id(shard.flat)].append(shard)
+        for device in {shard.flat.device for shard in weights.shards.values()}:
+            sizes = [s.numel for s in weights.shards.values() if s.flat.device == device]
+            self._chunks[device] = Chunks(device, max(sizes), rule.dtype)
+        self._zero_pruned(weights)
+        self._handles = [
+            weights.optimizer.register_step_pre_hook(self._before_step),
+            weights.optimizer.register_step_post_hook(self._after_step),
         ]
 
     def remove(self) -> None:
         """Takes both hooks off the optimizer."""
-        for handle in self.handles:
+        for handle in self._handles:
             handle.remove()
 
     @torch.no_grad()
-    def _before_step(self, optimizer, args, kwargs) -> None:
-        for name, (weight, _) in self.weights.items():
-            if weight.grad is not None:
-                observe_kept(self.state.movement[name], weight, weight.grad, self.decay)
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        for group in optimizer.param_groups:
+            for flat in group["params"]:
+                for shard in self._observed(flat):
+                    self._observe_before(shard)
 
     @torch.no_grad()
-    def _after_step(self, optimizer, args, kwargs) -> None:
-        for name, (weight, group) in self.weights.items():
-            mask = self.state.masks[name]
-            observe_pruned(self.state.movement[name], weight, mask, group["lr"])
-            weight.mul_(mask)
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        for group in optimizer.param_groups:
+            for flat in group["params"]:
+                for shard in self._observed(flat):
+                    self._observe_after(shard, float(group["lr"]))
+
+    def _observed(self, flat: Tensor) -> list[Shard]:
+        return [] if flat.grad is None else self._shards.get(id(flat), [])
+
+    def _observe_before(self, shard: Shard) -> None:
+        rule, chunks = self.rule, self._chunks[shard.flat.device]
+        decay, key = rule.decay, self._rounding_key(shard, "before")
+        for offset, weight, gradient, stored, mask in self._pieces(shard):
+            movement = chunks.load(stored)
+            movement.mul_(decay)
+            if rule.kept == "gradient":
+                observations.observe_gradient(movement, weight, gradient)
+            else:
+                observations.subtract_magnitude(movement, chunks.magnitude(weight))
+            if rule.pruned == "negative_gradient":
+                pruned = chunks.pruned_part(gradient, mask)
+                observations.observe_negative_gradient(movement, pruned)
+            chunks.store(stored, movement, key, offset)
+
+    def _observe_after(self, shard: Shard, learning_rate: float) -> None:
+        rule, chunks = self.rule, self._chunks[shard.flat.device]
+        key = self._rounding_key(shard, "after")
+        for offset, weight, _, stored, mask in self._pieces(shard):
+            proposed = chunks.zero_pruned(weight, mask)
+            if rule.pruned == "proposed":
+                movement = chunks.load(stored)
+                observations.observe_proposed(movement, proposed, learning_rate)
+                chunks.store(stored, movement, key, offset)
+            if rule.kept == "displacement":
+                observations.add_magnitude(stored, chunks.magnitude(weight))
+
+    def _pieces(self, shard: Shard):
+        return self._chunks[shard.flat.device].pieces(
+            shard.offset,
+            shard.weight,
+            shard.gradient,
+            self.state.movement[shard.name],
+            self.state.masks[shard.name],
+        )
+
+    def _rounding_key(self, shard: Shard, stream: str) -> int:
+        return rounding_key(shard.name, self.step, stream)
+
+    @torch.no_grad()
+    def _zero_pruned(self, weights: ShardedWeights) -> None:
+        for shard in weights.shards.values():
+            chunks, mask = self._chunks[shard.flat.device], self.state.masks[shard.name]
+            pieces = zip(shard.weight.split(chunks.size), mask.split(chunks.size // 8), strict=True)
+            for weight, packed in pieces:
+                chunks.zero_pruned(weight, packed)
+        weights.publish()
+
+
+def _check_fit(weights: ShardedWeights, state: SparsityState, rule: MovementRule) -> None:
+    """Refuses a state of other shards before a step reads it."""
+    for name, shard in weights.shards.items():
+        if name not in state.movement or state.movement[name].shape != (shard.numel,):
+            raise ValueError(f"state: {name}: no movement of this rank's {shard.numel} elements")
+        if state.movement[name].dtype != rule.dtype:
+            raise ValueError(
+                f"movement.dtype: {rule.dtype}, but the state of {name} holds "
+                f"{state.movement[name].dtype}; set that"
+            )
+        if state.masks[name].shape != (-(-shard.numel // 8),):
+            raise ValueError(f"state: {name}: no packed mask of {shard.numel} elements")

@@ -1,37 +1,130 @@
 """Movement: what training does to each weight, read inside the optimizer step.
 
-A weight is either kept or pruned, so one fp32 accumulator serves both:
+A weight is either kept or pruned, so one accumulator S serves both. Each step
 
-- kept: S <- d S - g w, the first-order score of movement pruning (Sanh et al. 2020,
-  arXiv 2005.07683, eq. 3 and 4). g is the gradient the optimizer sees: averaged, unscaled and
-  clipped.
-- pruned: S <- d S + dw / lr, the update the optimizer proposes for it, in units of the learning
-  rate. It shows where, and how persistently, training wants the weight to be.
+    S <- d S + observation,   d = 2^(-1 / half-life)
 
-d = 2^(-1 / half-life) forgets: an observation counts half after `half_life_steps`.
+so that an observation counts half after `half_life_steps`. Kept and pruned observations have
+different units and are never ranked against each other. S is set to 0 when a weight changes side.
+
+The gradient g is the one the optimizer sees: averaged over ranks, unscaled, and clipped by
+c = min(1, max_norm / |g|), where the norm includes the gradients of pruned weights, which do not
+train. A step that is clipped counts c times as much in `gradient` and `negative_gradient`;
+`displacement` and `proposed` read what the optimizer makes of it, and Adam's update hardly changes
+when all gradients of many steps are scaled alike.
 """
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
+KEPT_OBSERVATIONS = ("gradient", "displacement")
+PRUNED_OBSERVATIONS = ("proposed", "negative_gradient")
+DTYPES = (torch.float32, torch.bfloat16)
 
-def decay_per_step(half_life_steps: float) -> float:
-    """The factor d by which an accumulator shrinks each step."""
-    return 0.5 ** (1.0 / half_life_steps)
+
+@dataclass(frozen=True, kw_only=True)
+class MovementRule:
+    """What is observed, for how long it counts, and how it is stored."""
+
+    kept: str = "gradient"
+    """One of `KEPT_OBSERVATIONS`."""
+    pruned: str = "proposed"
+    """One of `PRUNED_OBSERVATIONS`."""
+    half_life_steps: float
+    """After how many optimizer steps an observation counts half."""
+    dtype: torch.dtype = torch.float32
+    """fp32: 4 bytes a weight. bf16: 2 bytes, rounded stochastically (`stochastic.py`)."""
+
+    def __post_init__(self):
+        """Checks the values.
+
+        Raises:
+            ValueError: One is unknown, or the two do not go together.
+        """
+        for key, known in (("kept", KEPT_OBSERVATIONS), ("pruned", PRUNED_OBSERVATIONS)):
+            if getattr(self, key) not in known:
+                raise ValueError(
+                    f"movement.{key}: {getattr(self, key)!r} is unknown; set {' or '.join(known)}"
+                )
+        if not self.half_life_steps > 0:
+            raise ValueError(
+                f"movement.half_life_steps: {self.half_life_steps} forgets everything at once; "
+                "set more than 0"
+            )
+        if self.dtype not in DTYPES:
+            raise ValueError(f"movement.dtype: {self.dtype}; set float32 or bfloat16")
+        if self.kept == "displacement" and self.dtype == torch.bfloat16:
+            raise ValueError(
+                "movement.dtype: bfloat16: 'displacement' is a difference of two magnitudes, of "
+                "which bf16 keeps nothing; set float32, or movement.kept: gradient"
+            )
+
+    @property
+    def decay(self) -> float:
+        """The factor d by which the accumulator shrinks each step."""
+        return 0.5 ** (1.0 / self.half_life_steps)
 
 
-def observe_kept(movement: Tensor, weight: Tensor, gradient: Tensor, decay: float) -> None:
-    """Before the update: decays the accumulator and adds -g*w, in place.
+def observe_gradient(movement: Tensor, weight: Tensor, gradient: Tensor) -> None:
+    """Kept weights, before the update: S += -g w.
 
-    A pruned weight is 0, so this adds nothing to it. All tensors have the weight's shape.
+    Positive when the gradient pushes the weight away from zero; to first order the loss that
+    setting it to zero would cost. Sanh et al. 2020, arXiv 2005.07683, eq. 3 and 4, where S is the
+    sum over training (with a learning rate of its own, constant here). A pruned weight is 0 and
+    adds nothing. All tensors fp32 (n,); in place.
     """
-    movement.mul_(decay).addcmul_(gradient, weight, value=-1.0)
+    movement.addcmul_(gradient, weight, value=-1.0)
 
 
-def observe_pruned(movement: Tensor, weight: Tensor, mask: Tensor, learning_rate: float) -> None:
-    """After the update, before the mask: adds what the optimizer proposed for pruned weights.
+def subtract_magnitude(movement: Tensor, magnitude: Tensor) -> None:
+    """Kept weights, `displacement`, first half, before the update: S -= |w|.
 
-    A pruned weight was 0 before the update, so its value now is the proposal. A learning rate of 0
-    proposes nothing.
+    Together with `add_magnitude` S += |w after| - |w before|: how far the step moved the weight
+    along sign(w), away from zero if positive. The criterion "magnitude increase" of Zhou et al.
+    2019, arXiv 1905.01067, section 2, with a half-life. A weight that crosses zero from a to -b
+    counts b - a, not its path b + a.
+
+    No copy of w is kept between the halves, so S passes through S - |w|, and a step leaves an
+    error of up to 2^-24 (|S| + |w|) in each half: 1e-9 at |w| = 0.01, a thousandth of an update of
+    1e-6. All tensors fp32 (n,); in place.
+    """
+    movement.sub_(magnitude)
+
+
+def add_magnitude(movement: Tensor, magnitude: Tensor) -> None:
+    """Kept weights, `displacement`, second half, after the update and the mask: S += |w|."""
+    movement.add_(magnitude)
+
+
+def observe_proposed(movement: Tensor, proposed: Tensor, learning_rate: float) -> None:
+    """Pruned weights, after the update and before the mask: S += dw / lr.
+
+    A pruned weight was 0, so what the optimizer made of it is its proposed update dw (weight decay
+    has no part in it). In units of the learning rate, so that a schedule does not weigh steps. Its
+    moments are kept for this purpose: under Adam S is how persistently training wants the weight,
+    and in which direction. Ours; its gradient twin is `observe_negative_gradient`. A learning rate
+    of 0 proposes nothing.
+
+    Args:
+        movement: fp32 (n,), in place.
+        proposed: fp32 (n,) the update of pruned weights, 0 for kept ones.
+        learning_rate: Of this step.
     """
     if learning_rate > 0.0:
-        movement.add_(weight.masked_fill(mask, 0.0), alpha=1.0 / learning_rate)
+        movement.add_(proposed, alpha=1.0 / learning_rate)
+
+
+def observe_negative_gradient(movement: Tensor, gradient: Tensor) -> None:
+    """Pruned weights, before the update: S += -g.
+
+    Its magnitude is the growth criterion of RigL (Evci et al. 2020, arXiv 1911.11134, section 3,
+    step 4), accumulated as in sparse momentum (Dettmers & Zettlemoyer 2019, arXiv 1907.04840,
+    section 3). Signed: a gradient that only flickers cancels.
+
+    Args:
+        movement: fp32 (n,), in place.
+        gradient: fp32 (n,) of pruned weights, 0 for kept ones.
+    """
+    movement.sub_(gradient)

@@ -6,9 +6,11 @@ RL on a freshly pruned student is dead: every completion is wrong and every grou
 from pathlib import Path
 
 from datasets import Dataset
+from transformers import PreTrainedModel
 
 from pipeline.artifacts import RunFolder
 from pipeline.config import Config
+from pipeline.ranks import on_main
 from pipeline.rollouts import Rollout
 from pipeline.stages.inputs import (
     TaskInputs,
@@ -26,7 +28,28 @@ def run(
 ) -> None:
     """Samples the teacher once, then distils with the mask on."""
     teacher = open_teacher(config)
-    rollouts = cached_rollouts(
+    on_main(lambda: len(teacher_completions(config, folder, teacher, inputs)))
+    rollouts = teacher_completions(config, folder, teacher, inputs)
+    arguments = distill_arguments(config, out)
+    model, source = open_student(config, folder, "distill")
+    trainer = DistillTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=as_dataset(rollouts),
+        processing_class=inputs.tokenizer,
+        teacher=teacher,
+        kl_weight=config.distill.kl_weight,
+        ce_weight=config.distill.ce_weight,
+        muon_learning_rate=config.distill.muon_learning_rate,
+    )
+    train(trainer, stage_sparsity(config, folder, "distill", source), out, checkpoint)
+
+
+def teacher_completions(
+    config: Config, folder: RunFolder, teacher: PreTrainedModel, inputs: TaskInputs
+) -> list[Rollout]:
+    """The completions to learn from: sampled at the first call, read from the run folder later."""
+    return cached_rollouts(
         folder,
         "train",
         config,
@@ -38,17 +61,6 @@ def run(
         max_new_tokens=config.evaluate.max_new_tokens,
         progress="teacher completions",
     )
-    model, state = open_student(config, folder, "distill")
-    trainer = DistillTrainer(
-        model=model,
-        args=distill_arguments(config, out),
-        train_dataset=as_dataset(rollouts),
-        processing_class=inputs.tokenizer,
-        teacher=teacher,
-        kl_weight=config.distill.kl_weight,
-        ce_weight=config.distill.ce_weight,
-    )
-    train(trainer, stage_sparsity(config, folder, "distill", state), out, checkpoint)
 
 
 def as_dataset(rollouts: list[Rollout]) -> Dataset:

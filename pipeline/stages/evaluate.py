@@ -27,7 +27,7 @@ from pipeline.evaluation.training_plots import movement_histogram, plot_movement
 from pipeline.models.loading import load_model
 from pipeline.models.prunable import measured_sparsity
 from pipeline.rollouts import Rollout
-from pipeline.sparsity.state import SparsityState
+from pipeline.sparsity.storage import saved_movement
 from pipeline.stages.inputs import (
     TaskInputs,
     check_teacher,
@@ -203,10 +203,10 @@ def _draw(config: Config, folder: RunFolder, report: Report) -> dict[str, str]:
 
 
 def _draw_movement(folder: RunFolder, path: Path) -> str:
-    state = SparsityState.load(folder.stage(stage_before(folder, "evaluate")))
+    saved = list(saved_movement(folder.stage(stage_before(folder, "evaluate"))))
     sides = {
-        "kept": [state.movement[name][mask] for name, mask in state.masks.items()],
-        "pruned": [state.movement[name][~mask] for name, mask in state.masks.items()],
+        "kept": [movement[mask].float() for mask, movement in saved],
+        "pruned": [movement[~mask].float() for mask, movement in saved],
     }
     return plot_movement(
         {side: movement_histogram(tensors) for side, tensors in sides.items()}, path=path

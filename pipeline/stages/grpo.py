@@ -25,11 +25,12 @@ def run(
     except ValueError as error:
         raise UserError(f"rewards.functions: {error}") from error
     teacher = open_teacher(config) if values.teacher_kl_weight > 0 else None
-    model, state = open_student(config, folder, "grpo")
+    arguments = grpo_arguments(config, out, weights)
+    model, source = open_student(config, folder, "grpo")
     trainer = TeacherGRPOTrainer(
         model=model,
         reward_funcs=functions,
-        args=grpo_arguments(config, out, weights),
+        args=arguments,
         train_dataset=as_dataset(inputs.task.train, inputs),
         processing_class=inputs.tokenizer,
         teacher=teacher,
@@ -37,7 +38,7 @@ def run(
         teacher_kl_clip=values.teacher_kl_clip,
         teacher_micro_batch_size=config.teacher.micro_batch_size,
     )
-    train(trainer, stage_sparsity(config, folder, "grpo", state), out, checkpoint)
+    train(trainer, stage_sparsity(config, folder, "grpo", source), out, checkpoint)
 
 
 def as_dataset(rows: list[Row], inputs: TaskInputs) -> Dataset:

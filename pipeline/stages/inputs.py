@@ -15,7 +15,6 @@ from pipeline.errors import UserError
 from pipeline.models.loading import check_same_tokenizer, load_model, load_tokenizer
 from pipeline.models.prompts import Prompt, encode_prompt, format_prompt
 from pipeline.rollouts import Rollout, load_rollouts, sample_rollouts, save_rollouts
-from pipeline.sparsity.state import SparsityState
 from rewards.correctness import Verifier, find_verifier
 
 TRAINED_STAGES = ("prune", "distill", "grpo")
@@ -122,10 +121,13 @@ def stage_before(folder: RunFolder, stage: str) -> str | None:
     return next((name for name in reversed(earlier) if folder.is_done(name)), None)
 
 
-def open_student(
-    config: Config, folder: RunFolder, stage: str
-) -> tuple[PreTrainedModel, SparsityState]:
-    """Loads what the stage before left: the model and its masks and movement.
+def open_student(config: Config, folder: RunFolder, stage: str) -> tuple[PreTrainedModel, Path]:
+    """Loads the model that the stage before left.
+
+    Under ZeRO-3 transformers loads it in pieces when the stage's training arguments exist already.
+
+    Returns:
+        The model, and the folder that holds its masks and movement.
 
     Raises:
         UserError: No stage before this one has finished.
@@ -137,14 +139,18 @@ def open_student(
             f"--stages prune,{stage}"
         )
     source = folder.stage(before)
-    model = load_model(str(source / "model"), dtype=config.student.dtype)
-    return model, SparsityState.load(source)
+    return load_model(str(source / "model"), dtype=config.student.dtype), source
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Writes `out/model/`, whole or not at all."""
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Writes `out/model/`, whole or not at all. `state_dict`: instead of the model's own."""
     with replaced_folder(out / "model") as temporary:
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=state_dict)
         tokenizer.save_pretrained(temporary)
 
 

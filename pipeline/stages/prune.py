@@ -11,14 +11,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.artifacts import RunFolder, write_json
+from pipeline.artifacts import MASK_FILE, RunFolder, write_json
 from pipeline.config import Config
 from pipeline.models.prunable import measured_sparsity, prunable_weights
 from pipeline.pruning.batches import CalibrationBatch, calibration_batches
 from pipeline.pruning.methods import prune_model
 from pipeline.rollouts import generate
 from pipeline.sparsity.masks import save_masks
-from pipeline.sparsity.state import MASK_FILE
 from pipeline.stages.inputs import (
     TaskInputs,
     open_dense_student,

@@ -1,17 +1,25 @@
-"""What distill and grpo share: the sparsity of the stage, resuming, and what is left on disk."""
+"""What distill and grpo share: the sparsity of the stage, resuming, and what is left on disk.
+
+Every rank runs what is here; rank 0 writes the model and the JSON files.
+"""
 
 import logging
 from pathlib import Path
 
+import torch
 from transformers import Trainer
 
-from pipeline.artifacts import RunFolder, write_json
+from pipeline.artifacts import MASK_FILE, RunFolder, write_json
 from pipeline.config import Config
 from pipeline.errors import UserError
+from pipeline.ranks import is_main, wait_for_all
+from pipeline.sparsity.masks import save_masks
+from pipeline.sparsity.movement import MovementRule
 from pipeline.sparsity.refine import RefinementRule
 from pipeline.sparsity.schedule import RefinementSchedule
-from pipeline.sparsity.state import SparsityState
+from pipeline.sparsity.storage import save_state
 from pipeline.stages.inputs import save_model
+from pipeline.training.arguments import forget_deepspeed
 from pipeline.training.checkpoint import newest_whole_checkpoint
 from pipeline.training.sparse_trainer import Sparsity
 
@@ -50,8 +58,8 @@ def end_step(config: Config) -> int:
     return max(1, round(END_FRACTION * steps))
 
 
-def stage_sparsity(config: Config, folder: RunFolder, stage: str, state: SparsityState) -> Sparsity:
-    """Masks, schedule and rules of one stage.
+def stage_sparsity(config: Config, folder: RunFolder, stage: str, source: Path) -> Sparsity:
+    """Schedule and rules of one stage, whose masks come from the folder `source`.
 
     A stage that began keeps the end step it began with, also when `max_steps` is raised later:
     the schedule must not run backwards.
@@ -78,7 +86,7 @@ def stage_sparsity(config: Config, folder: RunFolder, stage: str, state: Sparsit
             regrow_fraction=refine.regrow_fraction,
         )
     return Sparsity(
-        state=state,
+        source=source,
         schedule=schedule,
         rule=RefinementRule(
             scope=refine.scope,
@@ -87,7 +95,12 @@ def stage_sparsity(config: Config, folder: RunFolder, stage: str, state: Sparsit
             protect_steps=refine.protect_steps,
             min_density=refine.min_density,
         ),
-        half_life_steps=config.movement.half_life_steps,
+        movement=MovementRule(
+            kept=config.movement.kept,
+            pruned=config.movement.pruned,
+            half_life_steps=config.movement.half_life_steps,
+            dtype=getattr(torch, config.movement.dtype),
+        ),
         first_step=sum(max_steps(config, name) for name in earlier),
         stage=stage,
     )
@@ -105,11 +118,25 @@ def train(trainer: Trainer, sparsity: Sparsity, out: Path, checkpoint: Path | No
     checkpoint = checkpoint or newest_whole_checkpoint(out)
     if checkpoint is not None:
         logger.info("%s: resuming from %s", sparsity.stage, checkpoint)
-        sparsity.load(checkpoint)
-    trainer.add_sparsity(sparsity)
+        sparsity.resume(checkpoint)
+    engine = trainer.add_sparsity(sparsity)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    save_model(model, trainer.processing_class, out)
-    sparsity.state.save(out)
-    write_json(out / "refinements.json", sparsity.refinements)
-    write_json(out / "log_history.json", trainer.state.log_history)
+    _save_student(trainer, out)
+    save_state(out, engine.state, engine.weights)
+    masks = dict(engine.state.whole_masks(engine.weights))
+    if is_main():
+        save_masks(out / MASK_FILE, masks)
+        write_json(out / "refinements.json", sparsity.refinements)
+        write_json(out / "log_history.json", trainer.state.log_history)
+    wait_for_all()
+    forget_deepspeed()
+
+
+def _save_student(trainer: Trainer, out: Path) -> None:
+    """Gathers the weights where they are in pieces, and writes them once."""
+    state_dict = None
+    if trainer.is_deepspeed_enabled:
+        state_dict = trainer.accelerator.get_state_dict(trainer.deepspeed)
+    if is_main():
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        save_model(model, trainer.processing_class, out, state_dict)

@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.integrations import unset_hf_deepspeed_config
 from trl import GRPOConfig, SFTConfig
 
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.models.prompts import CHAT_TEMPLATE_ARGUMENTS
+from pipeline.training.topology import check_topology
 
 
 def distill_arguments(config: Config, output_dir: Path) -> SFTConfig:
@@ -44,17 +46,32 @@ def check_trl_values(config: Config) -> None:
     """Builds both argument classes, so that a bad value is reported before any stage starts.
 
     Raises:
-        UserError: Names every section that TRL refuses, with TRL's reason.
+        UserError: Names every section that TRL refuses, with TRL's reason, and what of the
+            launcher's settings no sparse student can be trained with.
     """
     faults = []
-    for stage, build in (("distill", distill_arguments), ("grpo", grpo_arguments)):
+    muon = config.distill.muon_learning_rate is not None
+    for stage, build, uses_muon in (
+        ("distill", distill_arguments, muon),
+        ("grpo", grpo_arguments, False),
+    ):
         if stage in config.run.stages:
             try:
-                build(config, Path("unused"))
+                check_topology(stage, build(config, Path("unused")), uses_muon)
             except UserError as error:
                 faults.append(str(error))
+    forget_deepspeed()
     if faults:
         raise UserError("\n".join(faults))
+
+
+def forget_deepspeed() -> None:
+    """Lets models load whole again.
+
+    Once training arguments exist under ZeRO-3, transformers loads every model in pieces, and
+    generation waits for all ranks. What rank 0 does alone, and the teacher, need neither.
+    """
+    unset_hf_deepspeed_config()
 
 
 def _build(

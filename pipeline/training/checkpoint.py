@@ -9,8 +9,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import write_json
+import torch
+
+from pipeline.artifacts import MASK_FILE, write_json
+from pipeline.ranks import is_main, wait_for_all
+from pipeline.sparsity.masks import load_masks
+from pipeline.sparsity.shards import ShardedWeights
 from pipeline.sparsity.state import SparsityState
+from pipeline.sparsity.storage import FILE_PATTERN, load_state, save_state
 
 MARKER_FILE = "sparsity.json"
 
@@ -18,17 +24,44 @@ logger = logging.getLogger(__name__)
 
 
 def finish_checkpoint(
-    checkpoint: Path, state: SparsityState, refinements: list[dict[str, Any]]
+    checkpoint: Path,
+    state: SparsityState,
+    weights: ShardedWeights,
+    refinements: list[dict[str, Any]],
 ) -> None:
-    """Adds masks, movement and, last, the marker to what transformers wrote.
+    """Adds masks, movement and, last, the marker to what transformers wrote. Every rank calls it.
 
     Args:
         checkpoint: `checkpoint-N/`.
-        state: Masks and movement by weight name.
+        state: Masks and movement of this rank's shards.
+        weights: The shards.
         refinements: What each refinement of this stage did so far.
     """
-    state.save(checkpoint)
-    write_json(checkpoint / MARKER_FILE, {"refinements": refinements})
+    save_state(checkpoint, state, weights)
+    wait_for_all()
+    if is_main():
+        write_json(checkpoint / MARKER_FILE, {"refinements": refinements})
+    wait_for_all()
+
+
+def load_sparsity(
+    source: Path, weights: ShardedWeights, movement_dtype: torch.dtype
+) -> SparsityState:
+    """Masks and movement of this rank's shards, from a checkpoint or the folder of a stage.
+
+    After the prune stage there are masks alone: nothing was observed yet.
+
+    Args:
+        source: The folder.
+        weights: The shards, of any number of ranks.
+        movement_dtype: fp32 or bf16, where nothing was observed yet.
+
+    Raises:
+        ValueError: The folder holds the state of another model, or a part of one.
+    """
+    if any(FILE_PATTERN.fullmatch(path.name) for path in source.iterdir()):
+        return load_state(source, weights)
+    return SparsityState.from_masks(load_masks(source / MASK_FILE), weights, movement_dtype)
 
 
 def load_refinements(checkpoint: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
+from pipeline.models.prunable import prunable_weights
+from pipeline.training.muon import MuonAdamW
 from pipeline.training.sparse_trainer import SparseTrainer
 
 
@@ -39,7 +41,13 @@ class DistillTrainer(SparseTrainer, SFTTrainer):
     """Distils a frozen teacher into a sparse student, on `input_ids` and `labels` of a dataset."""
 
     def __init__(
-        self, *args, teacher: PreTrainedModel, kl_weight: float, ce_weight: float, **kwargs
+        self,
+        *args,
+        teacher: PreTrainedModel,
+        kl_weight: float,
+        ce_weight: float,
+        muon_learning_rate: float | None = None,
+        **kwargs,
     ):
         """All arguments of `SFTTrainer`, and the teacher's.
 
@@ -48,12 +56,31 @@ class DistillTrainer(SparseTrainer, SFTTrainer):
             teacher: Frozen model with the student's vocabulary.
             kl_weight: Weight of the forward KL.
             ce_weight: Weight of the cross-entropy.
+            muon_learning_rate: Of Muon for the prunable matrices; None leaves them to `args.optim`.
             **kwargs: As in `SFTTrainer`.
         """
         super().__init__(*args, **kwargs)
         self.teacher = teacher.to(self.accelerator.device)
         self.kl_weight = kl_weight
         self.ce_weight = ce_weight
+        self.muon_learning_rate = muon_learning_rate
+
+    def create_optimizer(self, model=None):
+        """Muon with AdamW where a learning rate for it is set, else what TRL creates."""
+        if self.muon_learning_rate is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        matrices = list(prunable_weights(self.model).values())
+        chosen = {id(weight) for weight in matrices}
+        rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in chosen]
+        self.optimizer = MuonAdamW(
+            matrices,
+            rest,
+            muon_learning_rate=self.muon_learning_rate,
+            learning_rate=self.args.learning_rate,
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+            weight_decay=self.args.weight_decay,
+        )
+        return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss above; scored are the positions whose next label is not -100."""

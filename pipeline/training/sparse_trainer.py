@@ -1,72 +1,104 @@
 """What a sparse student adds to any TRL trainer: hooks, refinement on a schedule, checkpoints.
 
-`SparseTrainer` is mixed into a trainer class; `Sparsity` holds everything it needs. Refinement
-happens right after the optimizer step, so the weights that generate next already carry the new
-mask. One process without DeepSpeed: the optimizer holds the weights themselves.
+`SparseTrainer` is mixed into a trainer class; `Sparsity` says what it does. Once the optimizer
+exists, the callback finds the fp32 master weights in it, on one process, under DDP or DeepSpeed
+ZeRO-1, 2 and 3. Refinement happens right after the optimizer step, so the weights that generate
+next already carry the new mask.
 """
 
-import logging
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
+from transformers import ProgressCallback, Trainer, TrainerCallback
 
-from pipeline.models.prunable import apply_masks, prunable_weights
+from pipeline.errors import UserError
+from pipeline.models.prunable import prunable_weights
 from pipeline.sparsity.hooks import SparsityHooks
+from pipeline.sparsity.layouts import check_optimizer
+from pipeline.sparsity.movement import MovementRule
 from pipeline.sparsity.refine import RefinementRule, refine
 from pipeline.sparsity.schedule import RefinementSchedule
+from pipeline.sparsity.shards import ShardedWeights, plain_shards
 from pipeline.sparsity.state import SparsityState
-from pipeline.training.checkpoint import finish_checkpoint, load_refinements
+from pipeline.training.checkpoint import finish_checkpoint, load_refinements, load_sparsity
 from pipeline.training.progress import StageProgress
-
-logger = logging.getLogger(__name__)
+from pipeline.training.skipped_steps import SkippedSteps
 
 
 @dataclass
 class Sparsity:
-    """Masks and movement of one stage, and the rules that change them."""
+    """Where masks and movement of a stage come from, and the rules that change them."""
 
-    state: SparsityState
+    source: Path
+    """Folder of the stage before, or a checkpoint of this one."""
     schedule: RefinementSchedule | None
     """None: the mask is fixed in this stage."""
     rule: RefinementRule
-    half_life_steps: float
+    movement: MovementRule
     first_step: int
     """Steps of earlier stages that refine; the schedule counts across them."""
     stage: str
     refinements: list[dict[str, Any]] = field(default_factory=list)
 
-    def load(self, checkpoint: Path) -> None:
+    def resume(self, checkpoint: Path) -> None:
         """Takes masks, movement and the list of refinements from a checkpoint."""
-        self.state = SparsityState.load(checkpoint)
+        self.source = checkpoint
         self.refinements = load_refinements(checkpoint)
+
+
+def find_shards(trainer: Trainer) -> ShardedWeights:
+    """Where the trainer's optimizer holds every prunable weight.
+
+    Raises:
+        UserError: In a place where no mask can be enforced; says which setting to change.
+    """
+    weights = prunable_weights(trainer.accelerator.unwrap_model(trainer.model))
+    try:
+        if trainer.is_deepspeed_enabled:
+            from pipeline.sparsity.zero_shards import zero_shards  # deepspeed takes seconds
+
+            return zero_shards(trainer.model_wrapped, weights)
+        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        check_optimizer(optimizer, weights)
+        return plain_shards(weights, optimizer)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 class SparsityCallback(TrainerCallback):
     """Binds masks and movement to the optimizer and refines the mask on schedule."""
 
-    def __init__(self, model: PreTrainedModel, sparsity: Sparsity):
-        """`model`: the student, whose prunable weights the optimizer trains."""
-        self.weights = prunable_weights(model)
-        self.model = model
-        self.sparsity = sparsity
-        self.optimizer: torch.optim.Optimizer | None = None
-        self.hooks: SparsityHooks | None = None
+    weights: ShardedWeights
+    state: SparsityState
+    hooks: SparsityHooks
 
-    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+    def __init__(self, trainer: Trainer, sparsity: Sparsity):
+        """`trainer`: a `SparseTrainer`, whose optimizer need not exist yet."""
+        self.trainer = trainer
+        self.sparsity = sparsity
+        self.measured = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
         """Registers the hooks on the optimizer that updates the weights."""
-        self.optimizer = getattr(optimizer, "optimizer", optimizer)
-        self.sparsity.state.to(next(iter(self.weights.values())).device)
-        apply_masks(self.model, self.sparsity.state.masks)
-        self.bind()
+        self.weights = find_shards(self.trainer)
+        try:
+            self.state = load_sparsity(
+                self.sparsity.source, self.weights, self.sparsity.movement.dtype
+            )
+            self.bind()
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self.measured = self.state.sparsity(self.weights)
 
     def bind(self) -> None:
         """Puts the hooks on the optimizer."""
-        self.hooks = SparsityHooks(
-            self.optimizer, self.weights, self.sparsity.state, self.sparsity.half_life_steps
-        )
+        self.hooks = SparsityHooks(self.weights, self.state, self.sparsity.movement)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Tells the hooks which step comes, from 1."""
+        self.hooks.step = self.sparsity.first_step + state.global_step + 1
 
     def on_step_end(self, args, state, control, **kwargs):
         """Refines the mask when the schedule says so."""
@@ -75,16 +107,18 @@ class SparsityCallback(TrainerCallback):
         if sparsity.schedule is None or not sparsity.schedule.is_due(step):
             return
         target = sparsity.schedule.sparsity_at(step)
-        done, grown = refine(
-            sparsity.state,
-            self.weights,
-            sparsity.rule,
-            sparsity=target,
-            regrow_fraction=sparsity.schedule.regrow_fraction_at(step),
-            step=step,
-        )
-        for name, mask in grown.items():
-            self._clear_momentum(name, mask)
+        try:
+            done = refine(
+                self.state,
+                self.weights,
+                sparsity.rule,
+                sparsity=target,
+                regrow_fraction=sparsity.schedule.regrow_fraction_at(step),
+                step=step,
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self.measured = self.state.sparsity(self.weights)
         sparsity.refinements.append(
             {
                 "stage": sparsity.stage,
@@ -101,36 +135,43 @@ class SparsityCallback(TrainerCallback):
         """Takes the hooks off."""
         self.hooks.remove()
 
-    def _clear_momentum(self, name: str, grown: torch.Tensor) -> None:
-        """A regrown weight starts with m = 0 and keeps v.
-
-        With both cleared, Adam's first update would be about three learning rates.
-        """
-        moments = self.optimizer.state.get(self.weights[name], {})
-        if "exp_avg" in moments:
-            moments["exp_avg"].masked_fill_(grown, 0.0)
-
 
 class SparseTrainer:
     """Mixin for a TRL trainer; call `add_sparsity` before `train`."""
 
-    sparsity: Sparsity
+    sparsity: SparsityCallback
 
     def add_sparsity(self, sparsity: Sparsity) -> SparsityCallback:
         """Makes the trainer keep and refine the masks. Returns the callback that does it."""
-        self.sparsity = sparsity
-        callback = SparsityCallback(self.accelerator.unwrap_model(self.model), sparsity)
-        self.add_callback(callback)
+        self.sparsity = SparsityCallback(self, sparsity)
+        self.add_callback(self.sparsity)
+        self.skipped_steps = SkippedSteps(self.accelerator.unwrap_model(self.model), sparsity.stage)
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(StageProgress(sparsity.stage))
-        return callback
+        return self.sparsity
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Adds `sparsity`, the fraction of pruned weights, to what the trainer logs."""
-        super().log({**logs, "sparsity": self.sparsity.state.sparsity}, *args, **kwargs)
+        """Adds the fraction of pruned weights and the number of skipped steps to the log."""
+        logs = {**logs, "sparsity": self.sparsity.measured}
+        if self.skipped_steps.count:
+            logs["skipped_steps"] = self.skipped_steps.count
+        super().log(logs, *args, **kwargs)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Drops gradients that are not finite, so that the optimizer skips the step."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        value = math.nan if norm is None else float(norm)
+        usable = self.skipped_steps.check(value, self.state.global_step + 1)
+        if not usable and not self.is_deepspeed_enabled:
+            for parameter in model.parameters():
+                parameter.grad = None
+        return norm
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        finish_checkpoint(checkpoint, self.sparsity.state, self.sparsity.refinements)
+        callback = self.sparsity
+        finish_checkpoint(
+            checkpoint, callback.state, callback.weights, callback.sparsity.refinements
+        )

@@ -1,11 +1,10 @@
-"""Masks and state on disk."""
+"""Masks in one bit a weight, in memory and on disk."""
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.sparsity.masks import load_masks, pack_mask, save_masks, unpack_mask
-from pipeline.sparsity.state import SparsityState
+from pipeline.sparsity.masks import byte_table, load_masks, pack_mask, save_masks, unpack_mask
 
 
 @given(st.lists(st.booleans(), max_size=70))
@@ -20,6 +19,20 @@ def test_lowest_bit_is_the_first_weight():
     assert pack_mask(torch.tensor([True, False, False, True])).tolist() == [1 + 8]
 
 
+def test_every_byte_means_its_bits():
+    table = byte_table(torch.device("cpu"), 5, -7).view(torch.int8).reshape(256, 8)
+    for byte in range(256):
+        assert table[byte].tolist() == [5 if byte >> bit & 1 else -7 for bit in range(8)]
+
+
+def test_unpacked_masks_are_bools_of_the_shape():
+    mask = torch.rand(5, 7) > 0.5
+    unpacked = unpack_mask(pack_mask(mask), mask.shape)
+    assert unpacked.dtype == torch.bool
+    assert torch.equal(unpacked, mask)
+    assert torch.equal(~unpacked, ~mask), "any byte but 0 and 1 would not negate as a bool"
+
+
 def test_masks_come_back_by_name_and_shape(tmp_path):
     masks = {"a": torch.rand(5, 7) > 0.5, "b": torch.rand(3) > 0.5}
     save_masks(tmp_path / "mask.safetensors", masks)
@@ -27,22 +40,3 @@ def test_masks_come_back_by_name_and_shape(tmp_path):
     assert loaded.keys() == masks.keys()
     assert all(torch.equal(loaded[name], masks[name]) for name in masks)
     assert [path.name for path in tmp_path.iterdir()] == ["mask.safetensors"]
-
-
-def test_state_comes_back_bit_for_bit(tmp_path):
-    state = SparsityState.from_masks({"a": torch.rand(4, 6) > 0.5})
-    state.movement["a"].normal_()
-    state.regrown_step["a"][1, 2] = 17
-    state.save(tmp_path)
-    loaded = SparsityState.load(tmp_path)
-    for kind in ("masks", "movement", "regrown_step"):
-        assert torch.equal(getattr(loaded, kind)["a"], getattr(state, kind)["a"])
-
-
-def test_a_mask_alone_is_a_state_that_has_observed_nothing(tmp_path):
-    mask = torch.tensor([[True, False], [True, True]])
-    save_masks(tmp_path / "mask.safetensors", {"a": mask})
-    state = SparsityState.load(tmp_path)
-    assert state.sparsity == 0.25
-    assert not state.movement["a"].any()
-    assert (state.regrown_step["a"] == -1).all()

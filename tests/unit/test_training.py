@@ -5,15 +5,18 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from trl import GRPOConfig, SFTConfig
 
+from pipeline.artifacts import MASK_FILE
+from pipeline.errors import UserError
 from pipeline.models.loading import load_tokenizer
 from pipeline.models.prunable import measured_sparsity, prunable_weights
 from pipeline.models.teacher import completion_log_probs
+from pipeline.sparsity.masks import save_masks
+from pipeline.sparsity.movement import MovementRule
 from pipeline.sparsity.refine import RefinementRule
 from pipeline.sparsity.schedule import RefinementSchedule
-from pipeline.sparsity.state import SparsityState
 from pipeline.training.checkpoint import MARKER_FILE, newest_whole_checkpoint
 from pipeline.training.distill_trainer import DistillTrainer, forward_kl
 from pipeline.training.grpo_trainer import TeacherGRPOTrainer
@@ -46,8 +49,10 @@ def tiny(tokenizer, seed):
     ).eval()
 
 
-def sparsity_of(model, **schedule):
+def sparsity_of(model, folder, **schedule):
     masks = {n: torch.ones_like(w, dtype=torch.bool) for n, w in prunable_weights(model).items()}
+    folder.mkdir(exist_ok=True)
+    save_masks(folder / MASK_FILE, masks)
     values = {
         "start_sparsity": 0.0,
         "final_sparsity": 0.75,
@@ -57,12 +62,12 @@ def sparsity_of(model, **schedule):
         "regrow_fraction": 0.2,
     }
     return Sparsity(
-        state=SparsityState.from_masks(masks),
+        source=folder,
         schedule=RefinementSchedule(**(values | schedule)),
         rule=RefinementRule(
             scope="matrix", score="magnitude", movement_weight=0.5, protect_steps=0, min_density=0.0
         ),
-        half_life_steps=5.0,
+        movement=MovementRule(half_life_steps=5.0),
         first_step=0,
         stage="distill",
     )
@@ -83,13 +88,13 @@ def grpo_trainer(tokenizer, tmp_path, *, teacher, weight, **arguments):
         model=tiny(tokenizer, 0),
         reward_funcs=[lambda completions, **_: [float(len(c) % 2) for c in completions]],
         args=GRPOConfig(**CPU, **(values | arguments)),
-        train_dataset=Dataset.from_dict({"prompt": ["12+35=", "12-35+47="] * 8}),
+        train_dataset=Dataset.from_dict({"prompt": ["12@35=", "12@35#47="] * 8}),
         processing_class=tokenizer,
         teacher=teacher,
         teacher_kl_weight=weight,
         teacher_kl_clip=2.0,
     )
-    trainer.add_sparsity(sparsity_of(trainer.model))
+    trainer.add_sparsity(sparsity_of(trainer.model, tmp_path / "prune"))
     return trainer
 
 
@@ -152,8 +157,8 @@ def test_grpo_trains_through_trl_and_reaches_the_target_sparsity(tokenizer, tmp_
     trainer.train()
     assert measured_sparsity(trainer.model)[0] == pytest.approx(0.75, abs=1e-3)
     logged = [entry for entry in trainer.state.log_history if "teacher_kl" in entry]
-    assert trainer.sparsity.refinements[0]["regrown"] == 0, "nothing to regrow when dense"
-    assert any(entry["regrown"] > 0 for entry in trainer.sparsity.refinements)
+    assert trainer.sparsity.sparsity.refinements[0]["regrown"] == 0, "nothing to regrow when dense"
+    assert any(entry["regrown"] > 0 for entry in trainer.sparsity.sparsity.refinements)
     assert logged or trainer.args.logging_steps > 4
 
 
@@ -214,20 +219,18 @@ def test_a_resumed_run_ends_bit_identical_to_the_straight_one(tokenizer, tmp_pat
     for name, stops in (("straight", (6,)), ("resumed", (3, 6))):
         for steps in stops:
             trainer = distill_trainer(tokenizer, tmp_path / name, steps)
-            sparsity = sparsity_of(trainer.model, end_step=5)
+            sparsity = sparsity_of(trainer.model, tmp_path / "prune", end_step=5)
             checkpoint = newest_whole_checkpoint(tmp_path / name)
             assert (checkpoint is not None) == (steps != stops[0])
             if checkpoint is not None:
-                sparsity.load(checkpoint)
-            trainer.add_sparsity(sparsity)
+                sparsity.resume(checkpoint)
+            callback = trainer.add_sparsity(sparsity)
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-        ends[name] = (trainer.model.state_dict(), sparsity)
-    (straight, first), (resumed, second) = ends["straight"], ends["resumed"]
+        ends[name] = (trainer.model.state_dict(), callback.state, sparsity.refinements)
+    (straight, first, log), (resumed, second, second_log) = ends["straight"], ends["resumed"]
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
-    assert all(
-        torch.equal(first.state.movement[n], second.state.movement[n]) for n in first.state.masks
-    )
-    assert first.refinements == second.refinements
+    assert all(torch.equal(first.movement[n], second.movement[n]) for n in first.masks)
+    assert log == second_log
 
 
 def test_a_checkpoint_without_its_marker_is_passed_over(tokenizer, tmp_path):
@@ -237,3 +240,47 @@ def test_a_checkpoint_without_its_marker_is_passed_over(tokenizer, tmp_path):
             (tmp_path / f"checkpoint-{step}" / MARKER_FILE).write_text(json.dumps({}))
     (tmp_path / "checkpoint-notes").mkdir()
     assert newest_whole_checkpoint(tmp_path).name == "checkpoint-10"
+
+
+class NotFinite:
+    """Makes the gradient of one weight NaN in chosen training steps."""
+
+    def __init__(self, trainer, name, steps):
+        self.trainer, self.steps = trainer, steps
+        dict(trainer.model.named_parameters())[name].register_hook(self)
+
+    def __call__(self, gradient):
+        bad = self.trainer.state.global_step + 1 in self.steps
+        return gradient * float("nan") if bad else gradient
+
+
+def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(tokenizer, tmp_path):
+    trainer = distill_trainer(tokenizer, tmp_path, 3)
+    callback = trainer.add_sparsity(sparsity_of(trainer.model, tmp_path / "prune", begin_step=99))
+    NotFinite(trainer, "model.layers.1.mlp.up_proj.weight", {2})
+    seen = []
+
+    class Snapshots(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            weights = [w.detach().clone() for w in trainer.model.parameters()]
+            seen.append(weights + [m.clone() for m in callback.state.movement.values()])
+
+    trainer.add_callback(Snapshots())
+    trainer.train()
+    first, second, third = seen
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(second, third, strict=True))
+    assert trainer.skipped_steps.count == 1
+    assert all(torch.isfinite(tensor).all() for tensor in third)
+
+
+@pytest.mark.parametrize("max_norm", [1.0, 0.0])
+def test_three_in_a_row_stop_the_run_and_name_the_weight(tokenizer, tmp_path, max_norm):
+    trainer = distill_trainer(tokenizer, tmp_path, 8)
+    trainer.args.max_grad_norm = max_norm
+    trainer.add_sparsity(sparsity_of(trainer.model, tmp_path / "prune"))
+    NotFinite(trainer, "model.layers.1.mlp.up_proj.weight", {1, 2, 4, 5, 6})
+    named = r"gradient of model\.layers\.1\.mlp\.up_proj\.weight is not finite at step 6"
+    with pytest.raises(UserError, match=named):
+        trainer.train()
+    assert trainer.skipped_steps.count == 5

@@ -1,0 +1,84 @@
+"""Model shapes of the engine suite: YAML to Llamas with random weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pipeline.config_yaml import YamlError, parse_yaml
+from pipeline.errors import UserError
+from pipeline.models.prunable import prunable_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A Llama, and one training step of it."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int = 4
+    num_key_value_heads: int = 4
+    vocab_size: int = 128
+    device: str = "cpu"
+    """Where it is timed."""
+    batch_size: int | None = None
+    """Completions in one training step; None: no training step is timed."""
+    sequence_length: int | None = None
+    """Tokens of each."""
+    share_goal: float | None = None
+    """Most that the engine should add to a training step, as a fraction of it."""
+
+    def model(self, device: torch.device | str) -> LlamaForCausalLM:
+        """The Llama, in fp32; on the device `meta` it has shapes and no values."""
+        config = LlamaConfig(
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_layers,
+            num_attention_heads=self.num_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            vocab_size=self.vocab_size,
+            max_position_embeddings=self.sequence_length or 128,
+            tie_word_embeddings=True,
+        )
+        with torch.device(device):
+            return LlamaForCausalLM(config)
+
+    def prunable_shapes(self) -> dict[str, torch.Size]:
+        """Name to shape of every prunable weight, in model order."""
+        return {name: w.shape for name, w in prunable_weights(self.model("meta")).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """What the suite measures."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    shapes: dict[str, Shape]
+    """Timed."""
+    communication: dict[str, Shape]
+    """Only the bytes sent are counted."""
+
+
+def load_shapes(path: Path) -> Shapes:
+    """Reads the suite's YAML.
+
+    Raises:
+        UserError: It cannot be read, or a key is missing, unknown or of the wrong type.
+    """
+    try:
+        values, duplicates = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, YamlError) as error:
+        raise UserError(f"--config: {path}: {error}; set a YAML file of shapes") from error
+    if duplicates:
+        raise UserError(f"--config: {path}: {'; '.join(duplicates)}")
+    try:
+        return TypeAdapter(Shapes).validate_python(values)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise UserError(f"--config: {path}: {'; '.join(faults)}") from error

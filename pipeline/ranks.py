@@ -1,0 +1,76 @@
+"""One run on many ranks: what rank 0 does alone, and how the others wait for it.
+
+Pruning, sampling the teacher and evaluating run on rank 0; distill and grpo on every rank. The
+launcher (`accelerate launch`) sets the ranks.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from pipeline.errors import UserError
+
+LONGEST_WAIT = timedelta(days=30)
+"""A stage on rank 0 may take hours; the libraries' limits are for collectives of seconds."""
+
+Result = TypeVar("Result")
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, which alone writes records, reports and messages."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def world_size() -> int:
+    """How many ranks the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def on_main(function: Callable[[], Result]) -> Result:
+    """Runs a function on rank 0 and gives its result to every rank, all of which must call.
+
+    Args:
+        function: Its result is broadcast, so it is small and can be pickled.
+
+    Raises:
+        UserError: On every rank, when rank 0 raised it. Anything else ends rank 0, and the launcher
+            ends the others.
+    """
+    if world_size() == 1:
+        return function()
+    outcome: list = [None, None]
+    if is_main():
+        try:
+            outcome[0] = function()
+        except UserError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0, group=_waiting_group())
+    result, message = outcome
+    if message is not None:
+        raise UserError(message)
+    return result
+
+
+def gather_from_all(value: Result) -> list[Result]:
+    """Every rank's small value, in the order of ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list = [None] * world_size()
+    dist.all_gather_object(values, value, group=_waiting_group())
+    return values
+
+
+def wait_for_all() -> None:
+    """Returns when every rank has called it."""
+    if world_size() > 1:
+        dist.barrier(group=_waiting_group())
+
+
+@functools.cache
+def _waiting_group() -> dist.ProcessGroup:
+    """All ranks, over gloo, with a patience the default group does not have."""
+    return dist.new_group(backend="gloo", timeout=LONGEST_WAIT)

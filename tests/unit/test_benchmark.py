@@ -1,0 +1,170 @@
+"""The benchmarks run on small shapes, count what they say they count, and write whole JSON."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from launch.benchmarks import engine
+from launch.benchmarks.clipping import compare
+from launch.benchmarks.communication import Communicated
+from launch.benchmarks.optimizer_step import ADAMW_BYTES, RULES, engine_bytes
+from launch.benchmarks.shapes import load_shapes
+from launch.benchmarks.timing import Side, alternate, ratios, summary
+from pipeline.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+TINY = (
+    "{hidden_size: 16, intermediate_size: 32, num_layers: 1, num_heads: 2, "
+    "num_key_value_heads: 1, vocab_size: 16, batch_size: 2, sequence_length: 4, share_goal: 0.5}"
+)
+CONFIG = f"""
+shapes:
+  small: {TINY}
+  large: {{hidden_size: 16, intermediate_size: 32, num_layers: 1, device: cuda}}
+communication:
+  narrow: {{hidden_size: 32, intermediate_size: 64, num_layers: 1}}
+  wide: {{hidden_size: 64, intermediate_size: 128, num_layers: 1}}
+"""
+
+
+def benchmark(*arguments: str) -> None:
+    subprocess.run(
+        [sys.executable, ROOT / "launch/benchmark.py", *arguments], check=True, timeout=300
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_engine_suite_writes_every_figure(tmp_path, monkeypatch):
+    (tmp_path / "shapes.yaml").write_text(CONFIG)
+    output = tmp_path / "engine.json"
+    benchmark("--suite", "engine", "--config", tmp_path / "shapes.yaml", "--output", output)
+    result = json.loads(output.read_text())
+    assert {"suite", "date", "hardware", "git_commit", "versions", "goals"} <= result.keys()
+    small = result["shapes"]["small"]
+    assert small["state_bytes_per_weight"]["float32"] == 4.125
+    assert small["state_bytes_per_weight"]["bfloat16"] == 2.125
+    assert small["optimizer_step"]["rules"].keys() == RULES.keys()
+    assert small["refinement"]["scopes"].keys() == {"matrix", "model"}
+    assert small["refinement"]["regrown"] == small["refinement"]["pruned"] > 0
+    assert small["training_step"]["share"] > 0
+    assert {row["what"] for row in result["goals"] if row["shape"] == "small"} >= {
+        "bytes per weight, float32",
+        "share of a training step",
+    }
+    if not torch.cuda.is_available():
+        assert result["shapes"]["large"] == {"not_run": "no CUDA device"}
+    sent = result["communication"]["refinements"]
+    assert len(sent) == 6
+    assert all(found["collectives"] > 0 and found["regrown"] > 0 for found in sent)
+    tied = {found["shape"]: found for found in sent if found["tied"]}
+    assert tied["wide"]["num_weights"] > 3 * tied["narrow"]["num_weights"]
+    assert tied["wide"]["bytes"] < 2 * tied["narrow"]["bytes"]
+    assert any(row["what"].startswith("bytes sent") for row in result["goals"])
+
+
+@pytest.mark.slow
+def test_clipping_suite_writes_every_observation(tmp_path):
+    output = tmp_path / "clipping.json"
+    benchmark("--suite", "clipping", "--steps", "3", "--output", output)
+    result = json.loads(output.read_text())
+    assert 0 < result["pruned_share_of_squared_norm"]["median"] < 1
+    assert result["factors"]["none"] == {"median": 1.0, "quartiles": [1.0, 1.0], "clipped_steps": 0}
+    assert result["factors"]["kept"]["median"] >= result["factors"]["all"]["median"]
+    for observations in result["observations"].values():
+        assert observations.keys() == {
+            "gradient", "displacement", "proposed", "negative_gradient", "fisher",
+        }  # fmt: skip
+
+
+def test_shapes_say_what_is_wrong(tmp_path):
+    path = tmp_path / "shapes.yaml"
+    path.write_text("shapes: {a: {hidden_size: no, layers: 2}}\ncommunication: {}\n")
+    with pytest.raises(UserError) as caught:
+        load_shapes(path)
+    for part in ("shapes.a.hidden_size", "shapes.a.layers", "shapes.a.num_layers"):
+        assert part in str(caught.value)
+    with pytest.raises(UserError, match="No such file"):
+        load_shapes(tmp_path / "absent.yaml")
+
+
+def test_shipped_shapes_are_those_that_are_named():
+    shapes = load_shapes(ROOT / "configs/benchmark/engine.yaml")
+    sizes = {
+        name: sum(size.numel() for size in shape.prunable_shapes().values())
+        for name, shape in (shapes.shapes | shapes.communication).items()
+    }
+    assert sizes["1B"] == 973_078_528  # Llama 3.2 1B: 1.236 G less 0.263 G of embeddings and norms
+    assert sizes["8B_layer"] == 218_103_808
+    assert sizes["125M"] + 768 * 50304 == 123_568_128
+    assert sizes["wide"] == 9 * sizes["narrow"]
+    assert sizes["deep"] == 4 * sizes["narrow"]
+
+
+def test_bytes_moved_are_those_of_the_issue():
+    rules = {name: ADAMW_BYTES + engine_bytes(rule) for name, rule in RULES.items()}
+    assert rules["gradient + negative_gradient, float32"] == 52 + 2 / 8
+    assert rules["gradient + proposed, float32"] == 60 + 1 / 8
+    assert rules["gradient + proposed, bfloat16"] == 52 + 1 / 8
+    assert rules["displacement + proposed, float32"] == 56 + 1 / 8
+
+
+def test_sides_alternate_and_prepare_before_each_sample():
+    calls = []
+    sides = {
+        name: Side(lambda n=name: calls.append(n), lambda n=name: calls.append(f"{n}!"), once=True)
+        for name in "ab"
+    }
+    taken = alternate(sides, torch.device("cpu"), 2)
+    assert [len(values) for values in taken.values()] == [2, 2]
+    assert calls[-8:] == ["a!", "a", "b!", "b"] * 2
+
+
+def test_summaries_are_medians_within_a_round():
+    assert summary([1.0, 2.0, 3.0]) == {"median": 2.0, "quartiles": [1.5, 2.5]}
+    assert ratios([2.0, 40.0, 3.0], [1.0, 10.0, 1.0])["median"] == 3.0
+
+
+def test_collectives_are_counted(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/r", rank=0, world_size=1)
+    try:
+        with Communicated() as communicated:
+            dist.all_reduce(torch.ones(5, dtype=torch.int64))
+            torch.ones(1000).sum()
+            dist.all_gather([torch.ones(3)], torch.ones(3))
+    finally:
+        dist.destroy_process_group()
+    assert communicated.calls == 2
+    assert communicated.num_bytes == 5 * 8 + 2 * 3 * 4
+
+
+def test_missed_goals_are_listed():
+    shapes = {"small": load_shapes(ROOT / "configs/benchmark/engine.yaml").shapes["125M"]}
+    found = {
+        "optimizer_step": {"rules": {"rule": {"ratio": {"median": 3.0}}}},
+        "state_bytes_per_weight": {"float32": 4.125, "bfloat16": 2.125},
+        "refinement": {"scopes": {"matrix": {"passes": {"median": 13.0}}}},
+        "training_step": {"share": 0.01},
+    }
+    rows = engine.goals(
+        shapes | {"absent": shapes["small"]}, {"small": found, "absent": {"not_run": ""}}
+    )
+    assert [row["what"] for row in rows if not row["met"]] == [
+        "step / fused AdamW: rule",
+        "passes of a refinement: matrix",
+    ]
+
+
+def test_observations_are_compared_by_what_is_ranked():
+    masks = {"w": torch.arange(200) < 100}
+    reference = torch.linspace(-1, 1, 100)
+    assert compare(2 * reference, reference, masks, "gradient") == {
+        "scale": pytest.approx(2.0), "rank_correlation": pytest.approx(1.0), "same_choice": 1.0,
+    }  # fmt: skip
+    assert compare(-reference, reference, masks, "gradient")["same_choice"] == 0.0
+    assert compare(-reference, reference, masks, "proposed")["rank_correlation"] > 0.99
