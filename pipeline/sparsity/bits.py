@@ -40,7 +40,7 @@ def bit_positions(bits: Tensor) -> Tensor:
 
 def bits_at(bits: Tensor, positions: Tensor) -> Tensor:
     """Bool (n,): whether the bit at each int64 position is set."""
-    return ((bits[positions >> 3] >> (positions & 7).to(torch.uint8)) & 1).bool()
+    return ((bits[positions >> 3].long() >> (positions & 7)) & 1).bool()
 
 
 def set_bits(bits: Tensor, positions: Tensor) -> None:
@@ -55,4 +55,4 @@ def clear_bits(bits: Tensor, positions: Tensor) -> None:
 
 def _bit_values(positions: Tensor) -> Tensor:
     """uint8 (n,): 1, 2, 4 ... 128. Each bit changes at most once, so adding modulo 256 is safe."""
-    return torch.ones_like(positions, dtype=torch.uint8) << (positions & 7).to(torch.uint8)
+    return (torch.ones_like(positions) << (positions & 7)).to(torch.uint8)

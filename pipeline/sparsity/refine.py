@@ -36,6 +36,8 @@ from pipeline.sparsity.shards import Shard, ShardedWeights
 from pipeline.sparsity.state import Regrown, SparsityState
 
 SCOPES = ("matrix", "model", "row")
+PIECE = 8 * CHUNK
+"""Elements whose changes are applied at once; few of them change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,8 +168,8 @@ def _apply(sides: Sides, shard: Shard, changed: Tensor, step: int) -> tuple[int,
     state, name, weight = sides.state, shard.name, shard.weight
     first_moment = sides.weights.moments(shard, "exp_avg")
     num_pruned, grown = 0, [torch.empty(0, dtype=torch.int64, device=weight.device)]
-    for start in range(0, shard.numel, CHUNK):
-        positions = bit_positions(changed[start // 8 : (start + CHUNK) // 8]) + start
+    for start in range(0, shard.numel, PIECE):
+        positions = bit_positions(changed[start // 8 : (start + PIECE) // 8]) + start
         state.movement[name].index_fill_(0, positions, 0.0)
         was_kept = bits_at(state.masks[name], positions)
         pruned = positions[was_kept]
