@@ -24,6 +24,7 @@ REFINEMENT_COLUMNS = (
     "target",
     "pruned",
     "regrown",
+    "survived",
     "accepted",
     "reward_before",
     "reward_after",
@@ -100,7 +101,8 @@ def _refinement(entries: Sequence[dict[str, Any]] | None) -> list[str]:
     rows = [[_cell(entry.get(name)) for name in columns] for entry in entries]
     header = [name.replace("_", " ") for name in columns]
     summary = f"<details><summary>{len(entries)} refinements of the mask</summary>"
-    return ["## Refinement", summary, table([header, *rows]), "</details>"]
+    note = "In weights; survived: of all that ever regrew, those kept after the step."
+    return ["## Refinement", note, summary, table([header, *rows]), "</details>"]
 
 
 def _cell(value: Any) -> str:

@@ -62,7 +62,7 @@ def build_report(
         target_sparsity: What was asked for.
         perplexity_on: The text behind the perplexities, in words.
         refinement: One entry for each refinement step: stage, step, target, pruned, regrown,
-            accepted, reward_before, reward_after.
+            survived (of all that ever regrew), accepted, reward_before, reward_after.
         timing: Stage to seconds.
         peak_memory_bytes: Largest of the run's processes.
         versions: Package to version.
