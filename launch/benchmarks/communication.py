@@ -33,6 +33,20 @@ FIRST_BITS = 0x38000000
 """Bits of 2^-15."""
 
 
+def most_bytes(num_matrices: int, scope: str, tied: bool) -> int:
+    """The most that one refinement hands to collectives, whatever the number of weights.
+
+    Counters are int64. G groups are ranked, the kept and the pruned side of each matrix or of the
+    model: two rounds of 2 G x 256 for the sample, four of G x 256 for the elements, and four for
+    each of three levels of ties. A round less is sent where the sample's bracket is narrow. Under
+    `model` one more counter a matrix looks for the floor, which no matrix reaches here.
+    """
+    groups = 2 * (num_matrices if scope == "matrix" else 1)
+    rounds = 2 * 2 + 4 + 12 * tied
+    matrices = 3 + (scope == "model")
+    return 8 * (rounds * groups * 256 + 3 * groups + matrices * num_matrices + 3)
+
+
 class Communicated(TorchDispatchMode):
     """Counts collectives and their bytes while it is on."""
 
@@ -104,6 +118,7 @@ def _count(case: Case, rank: int) -> dict:
         "regrown": done.regrown,
         "collectives": communicated.calls,
         "bytes": communicated.num_bytes,
+        "most_bytes": most_bytes(len(case.shapes), case.scope, case.tied),
     }
 
 

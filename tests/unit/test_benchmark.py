@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from launch.benchmarks import engine
 from launch.benchmarks.clipping import compare
-from launch.benchmarks.communication import Communicated
+from launch.benchmarks.communication import Communicated, distinct
 from launch.benchmarks.optimizer_step import ADAMW_BYTES, RULES, engine_bytes
 from launch.benchmarks.shapes import load_shapes
 from launch.benchmarks.timing import Side, alternate, ratios, summary
@@ -141,6 +141,15 @@ def test_collectives_are_counted(tmp_path):
         dist.destroy_process_group()
     assert communicated.calls == 2
     assert communicated.num_bytes == 5 * 8 + 2 * 3 * 4
+
+
+def test_distinct_values_are_finite_and_positive():
+    values = torch.cat(
+        [v.flatten() for v in distinct({"a": torch.Size([30, 7]), "b": torch.Size([9])}).values()]
+    )
+    assert values.unique().numel() == 219
+    assert values.min() > 0
+    assert values.isfinite().all()
 
 
 def test_missed_goals_are_listed():
