@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +27,7 @@ from pipeline.errors import UserError
 
 OPTIONS = ("--config", "--output_dir", "--stages", "--resume", "--print_config", "--help")
 RESUME_WORDS = ("auto", "redo", "never")
+SECONDS_FOR_RANK_0 = 20
 TRL_HELP = """\
 distill and grpo take TRL's own keys too, with TRL's names and meanings, for example
 --grpo.max_steps 500. To list them: python -m pydoc trl.SFTConfig (for distill),
@@ -58,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # set by the launcher: one rank speaks for all
             print(f"error: {error}", file=sys.stderr)
+        else:  # the launcher ends every rank as soon as one has left
+            time.sleep(SECONDS_FOR_RANK_0)
         return 2
     return 0
 

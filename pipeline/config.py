@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 STAGES = ("prune", "distill", "grpo", "evaluate")
 VERIFIERS = ("exact", "numeric", "gsm8k", "math")
 REWARDS = ("correctness",)
+SCOPES = ("matrix", "model", "row")
 
 
 class ConfigError(UserError):
@@ -53,9 +54,21 @@ def _known_or_dotted(known: tuple[str, ...]) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _scope(scope: str) -> str:
+    """Accepts one of `SCOPES`, or N:M with 0 < N < M."""
+    pattern = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", scope)
+    if scope in SCOPES or (pattern and int(pattern[1]) < int(pattern[2])):
+        return scope
+    near = difflib.get_close_matches(scope, SCOPES, n=1)
+    raise PydanticCustomError(
+        "scope",
+        "not a known scope, and not N:M with 0 < N < M",
+        {"remedy": f"set {near[0] if near else 'matrix, model, row or N:M such as 2:4'} instead"},
+    )
+
+
 Dtype = Literal["float32", "bfloat16"]
 Name = Annotated[str, Field(min_length=1)]
-Scope = Literal["matrix", "model"]
 
 
 class _Section(BaseModel):
@@ -164,14 +177,18 @@ class ScoreParts(_Section):
 class PruneConfig(_Section):
     """One-shot pruning: the mask and the weights that training starts from."""
 
-    method: Literal["magnitude", "mama", "random", "negative_magnitude"] = "mama"
+    method: Literal["magnitude", "wanda", "sparsegpt", "mama", "random", "negative_magnitude"] = (
+        "mama"
+    )
     """Criterion that picks the weights to prune; the last two are controls."""
     sparsity: float = Field(0.9, ge=0, lt=1)
     """Target of the whole run: fraction of zeros among the prunable weights."""
-    scope: Scope = "matrix"
-    """Reach the fraction in each weight matrix, or over the model as a whole."""
+    scope: Annotated[str, AfterValidator(_scope)] | None = None
+    """Reach the fraction in each matrix, over the model as a whole, in each row, or by N:M, which
+    keeps N of every M inputs of a row (2:4); null is row for wanda, matrix for the others."""
     redistribution: Literal["none", "proportional", "least_squares"] = "least_squares"
-    """How what the pruned weights contributed is moved onto kept weights of the same layer."""
+    """How what the pruned weights contributed is moved onto kept weights of the same layer; under
+    none sparsegpt keeps its own update, under least_squares only its mask."""
     score_parts: ScoreParts = ScoreParts()
     """Parts of the mama score, for ablations."""
 

@@ -36,7 +36,14 @@ def cross_faults(config: Config) -> list[Fault]:
     Returns:
         The broken rules; empty when all hold.
     """
-    rules = (_training_faults, _teacher_term_faults, _sparsity_faults, _engine_faults)
+    rules = (
+        _training_faults,
+        _teacher_term_faults,
+        _sparsity_faults,
+        _pattern_faults,
+        _sparsegpt_faults,
+        _engine_faults,
+    )
     return [fault for rule in rules for fault in rule(config)]
 
 
@@ -137,6 +144,62 @@ def _sparsity_faults(config: Config) -> Iterator[Fault]:
             f"set {1 - target:.6g} or less instead",
             ("prune.sparsity", "refine.scope"),
         )
+
+
+def _pattern_faults(config: Config) -> Iterator[Fault]:
+    """N:M has one sparsity, and no refinement keeps its pattern."""
+    scope, refine = config.prune.scope, config.refine
+    if scope is None or ":" not in scope:
+        return
+    kept, length = map(int, scope.split(":"))
+    fixed = 1 - kept / length
+    if abs(config.prune.sparsity - fixed) > 1e-6:
+        yield Fault(
+            "prune.sparsity",
+            config.prune.sparsity,
+            f"prune.scope {scope} keeps {kept} of every {length} weights",
+            f"set {fixed:.6g} instead",
+            ("prune.scope",),
+        )
+    elif refine.start_sparsity not in (None, config.prune.sparsity):
+        yield Fault(
+            "refine.start_sparsity",
+            refine.start_sparsity,
+            f"prune.scope {scope} has no other sparsity than {fixed:.6g}",
+            "set null instead",
+            ("prune.scope", "prune.sparsity"),
+        )
+    refined = [stage for stage in config.run.stages if stage in refine.stages]
+    if refine.regrow_fraction > 0 and refined:
+        yield Fault(
+            "refine.regrow_fraction",
+            refine.regrow_fraction,
+            f"refinement in {refined[0]} would not keep the pattern of prune.scope, {scope}",
+            "set 0 instead",
+            ("prune.scope", "run.stages", "refine.stages"),
+        )
+
+
+def _sparsegpt_faults(config: Config) -> Iterator[Fault]:
+    """What SparseGPT, which redistributes by itself inside a matrix, does not go with."""
+    if config.prune.method != "sparsegpt":
+        return
+    for key, value, why, remedy in (
+        (
+            "scope",
+            "model",
+            "sparsegpt's scores mean something within a matrix only",
+            "set matrix, row or N:M instead",
+        ),
+        (
+            "redistribution",
+            "proportional",
+            "sparsegpt moves pruned weights itself",
+            "set none, or least_squares on its mask, instead",
+        ),
+    ):
+        if getattr(config.prune, key) == value:
+            yield Fault(f"prune.{key}", value, why, remedy, ("prune.method",))
 
 
 def _engine_faults(config: Config) -> Iterator[Fault]:

@@ -1,19 +1,21 @@
-"""The one calibration loop: layer by layer, dense and pruned activations side by side.
+"""The one calibration loop of all methods: layer by layer, each seeing the ones before it pruned.
 
-Two streams run through the decoder layers. The *dense* stream is what the untouched model computes,
-the *pruned* stream what the model computes so far, all earlier linear layers pruned. For a linear
-layer with inputs X_d and X_p (tokens, in) of the two streams a method gets X_pᵀ X_p and X_pᵀ X_d,
-which is all that a score, or a redistribution against the dense output X_d Wᵀ, needs. Inside a
-decoder layer the order is q, k, v, then o, then gate, up, then down, each group seeing the groups
-before it pruned. Padding is left out. Only one group's statistics exist at a time.
+The *pruned* stream is what the model computes so far, all earlier linear layers pruned. A second,
+*dense* stream, what the untouched model computes, runs beside it only where something needs it. For
+a linear layer with inputs X_p and X_d (tokens, in) of the two streams a method gets the norms of
+X_p's channels (enough for a score), X_pᵀ X_p (for SparseGPT) and X_pᵀ X_d (for a redistribution
+against the dense output X_d Wᵀ), as much of it as it asks for. Inside a decoder layer the order is
+q, k, v, then o, then gate, up, then down, each group seeing the groups before it pruned. Padding is
+left out. Only one group's statistics exist at a time, and each stream costs one forward pass.
 
 Left out: moving hidden states or layers off the model's device, and several processes.
 """
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import repeat
 
 import torch
 from torch import nn
@@ -24,41 +26,40 @@ from transformers.models.llama import LlamaForCausalLM
 from pipeline.errors import UserError
 from pipeline.models.prunable import decoder_layers, prunable_modules, prunable_weights
 from pipeline.pruning.batches import CalibrationBatch
+from pipeline.pruning.hessian import damped_hessian, inverse_factor
+from pipeline.pruning.layer_steps import SHARED_INPUT_GROUPS, layer_steps
 
 PROGRESS_DELAY_SECONDS = 2.0
 
-SHARED_INPUT_GROUPS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
-"""Linear layers of a Llama decoder layer that read the same input, in the order of the forward."""
+NEEDS = ("input_norm", "second_moment", "cross_moment")
+"""Fields of `InputStatistics`; who needs one gets those before it too."""
 
 
 @dataclass(frozen=True)
 class InputStatistics:
     """What the calibration tokens say about the input of one linear layer. All fp64."""
 
-    second_moment: torch.Tensor
+    input_norm: torch.Tensor
+    """(in,) L2 norm of each input channel over the tokens of the pruned stream."""
+    second_moment: torch.Tensor | None = None
     """(in, in) X_pᵀ X_p, summed over tokens."""
-    cross_moment: torch.Tensor
+    cross_moment: torch.Tensor | None = None
     """(in, in) X_pᵀ X_d, summed over tokens; row: pruned stream, column: dense stream."""
 
-    @property
-    def input_norm(self) -> torch.Tensor:
-        """(in,) L2 norm of each input channel over the tokens of the pruned stream."""
-        return self.second_moment.diagonal().sqrt()
+    @cached_property
+    def inverse_factor(self) -> torch.Tensor:
+        """(in, in) U with UᵀU = H⁻¹, see `hessian.py`; modules that share an input share it."""
+        return inverse_factor(damped_hessian(self.second_moment))
 
 
 @dataclass
 class _Stream:
     """One batch on its way through the decoder layers."""
 
-    dense: torch.Tensor
-    """(B, S, hidden) input of the next layer in the dense model."""
     pruned: torch.Tensor
     """(B, S, hidden) input of the next layer in the pruned model."""
+    dense: torch.Tensor | None
+    """(B, S, hidden) input of the next layer in the dense model; None: not needed."""
     is_token: torch.Tensor
     """(B, S) bool, False = padding."""
     layer_arguments: dict
@@ -70,6 +71,7 @@ def calibrate(
     model: LlamaForCausalLM,
     batches: Sequence[CalibrationBatch],
     visit: Callable[[str, nn.Linear, InputStatistics], None],
+    needs: str,
     progress: str | None = None,
 ) -> None:
     """Calls `visit` once for every prunable linear layer, first to last.
@@ -81,6 +83,8 @@ def calibrate(
         visit: Gets the weight's name, its module and its input statistics, and may change the
             weight in place; what comes later sees the change in its pruned stream. The statistics
             may be shared by several modules: they must not be changed.
+        needs: One of `NEEDS`, the last of the statistics that `visit` looks at; the others are not
+            computed. `cross_moment` alone runs the dense stream.
         progress: Name of a progress bar over the layers, shown if they take longer than a few
             seconds; None shows none.
 
@@ -90,14 +94,15 @@ def calibrate(
     if not any(batch.attention_mask.any() for batch in batches):
         raise UserError("task.num_calibration: there is no calibration token; set at least 1 row")
     names = {weight: name for name, weight in prunable_weights(model).items()}
-    streams = [_first_layer_input(model, batch) for batch in batches]
+    streams = [_first_layer_input(model, batch, needs) for batch in batches]
     bar = {"desc": progress, "disable": progress is None, "delay": PROGRESS_DELAY_SECONDS}
     for layer in tqdm(decoder_layers(model), **bar):
-        dense_layer = copy.deepcopy(layer)
+        dense_layer = copy.deepcopy(layer) if needs == "cross_moment" else None
+        steps = [_steps(layer, dense_layer, stream) for stream in streams]
         modules = prunable_modules(layer)
         for group in SHARED_INPUT_GROUPS:
-            statistics = _input_statistics(layer, dense_layer, group[0], streams)
-            if not statistics.second_moment.isfinite().all():
+            statistics = _input_statistics(steps, streams, needs)
+            if not statistics.input_norm.isfinite().all():
                 raise UserError(
                     f"calibration: an input of {names[modules[group[0]].weight]} is not finite; "
                     "set student.dtype to float32 or use other calibration rows"
@@ -105,12 +110,11 @@ def calibrate(
             for local_name in group:
                 module = modules[local_name]
                 visit(names[module.weight], module, statistics)
-        for stream in streams:
-            stream.dense = dense_layer(stream.dense, **stream.layer_arguments)
-            stream.pruned = layer(stream.pruned, **stream.layer_arguments)
+        for stream, (pruned, dense) in zip(streams, map(next, steps), strict=True):
+            stream.pruned, stream.dense = pruned, dense
 
 
-def _first_layer_input(model: LlamaForCausalLM, batch: CalibrationBatch) -> _Stream:
+def _first_layer_input(model: LlamaForCausalLM, batch: CalibrationBatch, needs: str) -> _Stream:
     """Embeds a batch and prepares the causal mask and rotary embeddings as `LlamaModel` does."""
     input_ids, attention_mask = (tensor.to(model.device) for tensor in batch[:2])
     hidden = model.model.embed_tokens(input_ids)
@@ -127,7 +131,8 @@ def _first_layer_input(model: LlamaForCausalLM, batch: CalibrationBatch) -> _Str
         "position_ids": position_ids,
         "position_embeddings": model.model.rotary_emb(hidden, position_ids=position_ids),
     }
-    return _Stream(hidden, hidden, attention_mask.bool(), layer_arguments)
+    dense = hidden if needs == "cross_moment" else None
+    return _Stream(hidden, dense, attention_mask.bool(), layer_arguments)
 
 
 def _position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -135,38 +140,43 @@ def _position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
+def _steps(
+    layer: nn.Module, dense_layer: nn.Module | None, stream: _Stream
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """What the pruned and the dense layer compute from one batch, step by step."""
+    pruned = layer_steps(layer, stream.pruned, stream.layer_arguments)
+    if dense_layer is None:
+        return zip(pruned, repeat(None))
+    return zip(pruned, layer_steps(dense_layer, stream.dense, stream.layer_arguments), strict=True)
+
+
 def _input_statistics(
-    layer: nn.Module, dense_layer: nn.Module, local_name: str, streams: Sequence[_Stream]
+    steps: Sequence[Iterator[tuple[torch.Tensor, torch.Tensor | None]]],
+    streams: Sequence[_Stream],
+    needs: str,
 ) -> InputStatistics:
-    """Sums the moments of one linear layer's inputs over all batches.
+    """Takes every batch to the next group's input and sums its moments.
 
     Products are taken in fp32 (fp64 for a fp64 model) per batch and added up in fp64.
     """
-    second_moment, cross_moment = 0.0, 0.0
-    for stream in streams:
-        pruned = _module_input(layer, local_name, stream.pruned, stream)
-        dense = _module_input(dense_layer, local_name, stream.dense, stream)
+    square_sum, second_moment, cross_moment = 0.0, 0.0, 0.0
+    for stream, (pruned, dense) in zip(streams, map(next, steps), strict=True):
+        pruned = _tokens(pruned, stream)
+        if needs == "input_norm":
+            square_sum = square_sum + pruned.square().sum(0).double()
+            continue
         second_moment = second_moment + (pruned.T @ pruned).double()
-        cross_moment = cross_moment + (pruned.T @ dense).double()
-    return InputStatistics(second_moment, cross_moment)
+        if needs == "cross_moment":
+            cross_moment = cross_moment + (pruned.T @ _tokens(dense, stream)).double()
+    if needs == "input_norm":
+        return InputStatistics(square_sum.sqrt())
+    return InputStatistics(
+        second_moment.diagonal().sqrt(),
+        second_moment,
+        cross_moment if needs == "cross_moment" else None,
+    )
 
 
-def _module_input(
-    layer: nn.Module, local_name: str, hidden: torch.Tensor, stream: _Stream
-) -> torch.Tensor:
-    """Runs a decoder layer and returns the (tokens, in) input of one of its linear layers."""
-    with _captured_input(layer.get_submodule(local_name)) as captured:
-        layer(hidden, **stream.layer_arguments)
-    inputs = captured[0][stream.is_token]
-    return inputs.to(torch.promote_types(inputs.dtype, torch.float32))
-
-
-@contextmanager
-def _captured_input(module: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collects what the module is called with while the context is open."""
-    captured: list[torch.Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
-    try:
-        yield captured
-    finally:
-        handle.remove()
+def _tokens(inputs: torch.Tensor, stream: _Stream) -> torch.Tensor:
+    """(B, S, in) of a batch -> (tokens, in) without padding, fp32 or fp64."""
+    return inputs[stream.is_token].to(torch.promote_types(inputs.dtype, torch.float32))

@@ -5,13 +5,12 @@ For each row w of a linear layer with kept support S, damped towards the dense w
     min over w' with support S of ||X_p w' - X_d w||² + lambda ||w' - w||²
     <=>  H_SS w'_S = b_S,   H = X_pᵀ X_p + lambda I,   b = X_pᵀ X_d w + lambda w
 
-lambda = 0.01 * mean(diag X_pᵀ X_p), the damping of SparseGPT (Frantar & Alistarh 2023, arXiv
-2301.00774). The problem on a fixed support, and conjugate gradients projected on the supports of
-all rows at once, are those of ALPS (Meng et al. 2024, arXiv 2406.07831), with one change: the
-target is the dense model's output on the dense model's inputs, so each layer also mends what
-earlier layers lost. Biases cancel: the layer keeps its own. The damping leaves kept weights of dead
-input channels at their dense value, makes a single token enough, and an unpruned layer with dense
-inputs stays as it is.
+lambda = 0.01 * mean(diag X_pᵀ X_p), see `hessian.py`. The problem on a fixed support, and conjugate
+gradients projected on the supports of all rows at once, are those of ALPS (Meng et al. 2024, arXiv
+2406.07831), with one change: the target is the dense model's output on the dense model's inputs, so
+each layer also mends what earlier layers lost. Biases cancel: the layer keeps its own. The damping
+leaves kept weights of dead input channels at their dense value, makes a single token enough, and an
+unpruned layer with dense inputs stays as it is.
 
 Rows with few kept weights are factorised (batched Cholesky), wide ones go to the conjugate
 gradients. All in fp64.
@@ -21,8 +20,8 @@ import torch
 from torch import Tensor
 
 from pipeline.pruning.calibration import InputStatistics
+from pipeline.pruning.hessian import damped_hessian, damping
 
-DAMPING = 0.01
 MAX_DIRECT_SUPPORT = 1024
 """Largest number of kept weights in a row that is factorised."""
 MAX_BATCH_ELEMENTS = 2**24
@@ -40,11 +39,8 @@ def normal_equations(weight: Tensor, statistics: InputStatistics) -> tuple[Tenso
         H (in, in) and b of every row (out, in), both fp64.
     """
     dense = weight.detach().double()
-    damping = DAMPING * statistics.second_moment.diagonal().mean()
-    damping = torch.where(damping > 0, damping, 1.0)
-    hessian = statistics.second_moment.clone()
-    hessian.diagonal().add_(damping)
-    return hessian, dense @ statistics.cross_moment.T + damping * dense
+    target = dense @ statistics.cross_moment.T + damping(statistics.second_moment) * dense
+    return damped_hessian(statistics.second_moment), target
 
 
 def least_squares_weight(weight: Tensor, mask: Tensor, hessian: Tensor, target: Tensor) -> Tensor:

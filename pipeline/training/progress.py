@@ -21,6 +21,12 @@ class StageProgress(ProgressCallback):
             self.training_bar.initial = self.training_bar.n = state.global_step
         self.current_step = state.global_step
 
+    def close(self) -> None:
+        """Ends the bar's line when training was broken off."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = None
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Shows what is watched."""
         if self.training_bar is not None:

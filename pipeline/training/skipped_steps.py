@@ -51,8 +51,8 @@ class SkippedSteps:
         if self._in_a_row >= MAX_IN_A_ROW:
             raise UserError(
                 f"{self.stage}.learning_rate: the gradient of {', '.join(self._culprits())} is not "
-                f"finite at step {step}, the third in a row; the last checkpoint is whole: lower "
-                f"the learning rate or set {self.stage}.max_grad_norm, and run again"
+                f"finite at step {step}, the third in a row; set a lower rate, or a lower "
+                f"{self.stage}.max_grad_norm, with --resume redo"
             )
         logger.warning("%s: step %d skipped, its gradient is not finite", self.stage, step)
         if self._in_a_row == MAX_IN_A_ROW - 1:

@@ -151,6 +151,15 @@ class SparseTrainer:
             self.add_callback(StageProgress(sparsity.stage))
         return self.sparsity
 
+    def train(self, *args, **kwargs):
+        """Trains; whatever ends it, the next message starts on a line of its own."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, StageProgress):
+                    callback.close()
+
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Adds the fraction of pruned weights and the number of skipped steps to the log."""
         logs = {**logs, "sparsity": self.sparsity.measured}

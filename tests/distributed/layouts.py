@@ -158,17 +158,34 @@ def adam_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 @contextmanager
 def training(rank: int, world_size: int, layout: str) -> Iterator[Training]:
-    """Builds the model in a layout of `LAYOUTS` and takes it down again."""
+    """Builds the small model in a layout of `LAYOUTS` and takes it down again."""
     model = SmallModel()
     model.checkpointing = layout.endswith("checkpointing")
-    weights = matrices(model)
+    with train_as(layout, model, matrices(model), rank, world_size) as run:
+        yield run
+
+
+@contextmanager
+def train_as(
+    layout: str,
+    model: nn.Module,
+    weights: dict[str, nn.Parameter],
+    rank: int,
+    world_size: int,
+    max_norm: float = MAX_NORM,
+) -> Iterator[Training]:
+    """Puts a model into a layout of `LAYOUTS`, with `weights` as its prunable ones.
+
+    DeepSpeed clips gradients to `max_norm`, 0 for not at all; elsewhere the caller does.
+    """
     if layout in ("plain", "ddp"):
         engine = nn.parallel.DistributedDataParallel(model) if layout == "ddp" else model
         optimizer = torch.optim.AdamW(adam_groups(model), lr=LEARNING_RATE)
         sharded = plain_shards(weights, optimizer)
         yield Training(model, weights, sharded, engine, optimizer, rank, world_size)
         return
-    engine = deepspeed_engine(model, world_size, LAYOUTS[layout])
+    config = LAYOUTS[layout] | {"gradient_clipping": max_norm}
+    engine = deepspeed_engine(model, world_size, config)
     try:
         sharded = zero_shards(engine, weights)
         yield Training(model, weights, sharded, engine, None, rank, world_size)

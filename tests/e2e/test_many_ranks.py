@@ -75,3 +75,13 @@ def test_muon_is_refused_with_its_remedy(tmp_path):
     assert "distill.muon_learning_rate: DeepSpeed" in message
     assert "set null" in message
     assert not (tmp_path / "run").exists(), "nothing has run"
+
+
+def test_a_run_that_diverges_stops_and_names_a_weight(tmp_path):
+    done = launch("cpu_zero3", tmp_path / "run", **{"distill.learning_rate": 1e30})
+    assert done.returncode == 1
+    (message,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "distill.learning_rate: the gradient of model." in message
+    assert "the third in a row" in message
+    assert "Traceback" not in done.stderr.partition("torch/distributed/elastic")[0]
+    assert (tmp_path / "run" / "exit_status").read_text() == "2\n"

@@ -285,7 +285,10 @@ def test_a_key_that_is_no_text_is_unknown(tmp_path):
         ("student.path", "", "must have at least 1 character; set non-empty string instead"),
         ("student.revision", 7, "7: must be a valid string; set string or null instead"),
         ("prune.method", "magnitud", "set magnitude instead"),
-        ("prune.scope", 3, "3: must be 'matrix' or 'model'; set matrix or model instead"),
+        ("prune.scope", 3, "3: must be a valid string; set string or null instead"),
+        ("prune.scope", "rows", "not N:M with 0 < N < M; set row instead"),
+        ("prune.scope", "4:2", "set matrix, model, row or N:M such as 2:4 instead"),
+        ("prune.scope", "0:4", "set matrix, model, row or N:M such as 2:4 instead"),
         ("run.stages", [], "must have at least 1 item"),
         ("run.stages", "grpo", "must be a valid list"),
         ("run.stages", ["grpo", "prune"], "each once; set [prune, grpo] instead"),
@@ -389,6 +392,23 @@ def test_a_rule_is_not_applied_to_a_key_that_is_faulty_itself():
             "grpo.importance_sampling_level",
             "set token",
         ),
+        ({"prune.scope": "2:4"}, "prune.sparsity", "keeps 2 of every 4 weights; set 0.5 instead"),
+        (
+            {"prune.scope": "2:4", "prune.sparsity": 0.5, "refine.start_sparsity": 0.0},
+            "refine.start_sparsity",
+            "set null",
+        ),
+        (
+            {"prune.scope": "2:4", "prune.sparsity": 0.5, "refine.regrow_fraction": 0.1},
+            "refine.regrow_fraction",
+            "set 0",
+        ),
+        ({"prune.method": "sparsegpt", "prune.scope": "model"}, "prune.scope", "set matrix, row"),
+        (
+            {"prune.method": "sparsegpt", "prune.redistribution": "proportional"},
+            "prune.redistribution",
+            "set none, or least_squares",
+        ),
     ],
 )
 def test_keys_that_do_not_fit_together(overrides, key, remedy):
@@ -411,6 +431,10 @@ def test_keys_that_do_not_fit_together(overrides, key, remedy):
         {"refine.stages": ["grpo"], "distill.max_steps": -1},
         {"distill.kl_weight": 0, "distill.ce_weight": 1},
         {"prune.sparsity": 0.999},
+        {"prune.scope": "2:4", "prune.sparsity": 0.5, "refine.start_sparsity": 0.5},
+        {"prune.scope": "1:3", "prune.sparsity": 0.666667},
+        {"prune.method": "sparsegpt", "prune.scope": "row"},
+        {"prune.method": "sparsegpt", "prune.redistribution": "none"},
     ],
 )
 def test_keys_that_fit_together(overrides):
@@ -543,7 +567,8 @@ def test_types_in_words():
     assert words["prune.sparsity"] == "float >= 0 and < 1"
     assert words["refine.start_sparsity"] == "float >= 0 and < 1 or null"
     assert words["rewards.weights"] == "list of float or null"
-    assert words["prune.scope"] == "matrix or model"
+    assert words["refine.scope"] == "matrix or model or row"
+    assert words["prune.scope"] == "string or null"
 
 
 def test_a_config_built_directly_checks_its_keys():

@@ -6,14 +6,15 @@ import torch
 from pipeline.errors import UserError
 from pipeline.models.prunable import prunable_weights
 from pipeline.pruning.batches import calibration_batches
-from pipeline.pruning.calibration import calibrate
+from pipeline.pruning.calibration import NEEDS, calibrate
 from pipeline.pruning.calibration_movement import calibration_movement
+from pipeline.pruning.layer_steps import SHARED_INPUT_GROUPS, layer_steps
 from tests.unit.pruning_models import PAD, make_batches, make_model, make_rows
 
 
-def collect(model, batches):
+def collect(model, batches, needs="cross_moment"):
     statistics = {}
-    calibrate(model, batches, lambda name, _, found: statistics.update({name: found}))
+    calibrate(model, batches, lambda name, _, found: statistics.update({name: found}), needs)
     return statistics
 
 
@@ -63,12 +64,63 @@ def test_later_layers_see_earlier_ones_pruned_and_the_dense_stream_does_not():
         statistics[name] = found
         module.weight[:, ::2] = 0.0
 
-    calibrate(model, make_batches(), halve_weights)
+    calibrate(model, make_batches(), halve_weights, "cross_moment")
     for name, found in statistics.items():
         # The pruned model's own inputs: what came before this layer was pruned when it was visited.
         pruned_inputs, dense_inputs = plain_inputs(model, name), plain_inputs(dense, name)
         torch.testing.assert_close(found.second_moment, pruned_inputs.T @ pruned_inputs)
         torch.testing.assert_close(found.cross_moment, pruned_inputs.T @ dense_inputs)
+
+
+@pytest.mark.parametrize("needs", NEEDS)
+def test_only_what_is_needed_is_computed_in_one_forward_pass_a_stream(needs):
+    model, calls = make_model(), []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    everything = collect(model, make_batches())
+    calls.clear()
+    batches = make_batches()
+    found = collect(model, batches, needs)
+    num_streams = 2 if needs == "cross_moment" else 1  # hooks are copied with the dense layer
+    for name in prunable_weights(model):
+        assert calls.count(name.removesuffix(".weight")) == num_streams * len(batches)
+        for field in NEEDS:
+            computed = getattr(found[name], field)
+            if NEEDS.index(field) <= NEEDS.index(needs):
+                torch.testing.assert_close(computed, getattr(everything[name], field))
+            else:
+                assert computed is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attn_implementation": "sdpa", "attention_bias": True, "mlp_bias": True},
+        {"attn_implementation": "eager", "num_key_value_heads": 1, "head_dim": 16},
+    ],
+)
+def test_the_steps_of_a_layer_are_its_forward(changes):
+    model = make_model(torch.float32, **changes)
+    layer, captured = model.model.layers[0], {}
+    for group in SHARED_INPUT_GROUPS:
+        for name in group:
+            layer.get_submodule(name).register_forward_pre_hook(
+                lambda _, inputs, name=name: captured.setdefault(name, inputs[0])
+            )
+    hidden = torch.randn(3, 5, 32)
+    positions = torch.arange(5)[None]
+    arguments = {
+        "attention_mask": torch.zeros(3, 1, 5, 5),
+        "position_ids": positions,
+        "position_embeddings": model.model.rotary_emb(hidden, position_ids=positions),
+    }
+    with torch.no_grad():
+        expected = layer(hidden, **arguments)
+        *inputs, output = layer_steps(layer, hidden, arguments)
+    assert torch.equal(output, expected)
+    for group, found in zip(SHARED_INPUT_GROUPS, inputs, strict=True):
+        assert all(torch.equal(found, captured[name]) for name in group)
 
 
 def test_not_finite_activations_are_refused_by_name():

@@ -4,11 +4,8 @@ import pytest
 import torch
 
 from pipeline.pruning.calibration import InputStatistics
-from pipeline.pruning.least_squares import (
-    DAMPING,
-    solve_by_cholesky,
-    solve_by_conjugate_gradients,
-)
+from pipeline.pruning.hessian import DAMPING
+from pipeline.pruning.least_squares import solve_by_cholesky, solve_by_conjugate_gradients
 from pipeline.pruning.redistribution import redistribute
 
 KINDS = ("none", "proportional", "least_squares")
@@ -31,6 +28,7 @@ def make_case(num_tokens=50, num_in=12, num_out=9, sparsity=0.6, seed=0):
 
 def statistics_of(pruned_inputs, dense_inputs):
     return InputStatistics(
+        input_norm=pruned_inputs.norm(dim=0),
         second_moment=pruned_inputs.T @ pruned_inputs,
         cross_moment=pruned_inputs.T @ dense_inputs,
     )

@@ -10,6 +10,14 @@ from pipeline.pruning.calibration_movement import calibration_movement
 from pipeline.pruning.methods import METHODS, REDISTRIBUTIONS, SCOPES, prune_model
 from tests.unit.pruning_models import PAD, make_batches, make_model, make_rows
 
+COMBINATIONS = [
+    (method, redistribution, scope)
+    for method in METHODS
+    for redistribution in REDISTRIBUTIONS
+    for scope in SCOPES
+    if method != "sparsegpt" or (redistribution != "proportional" and scope != "model")
+]
+PAIRS = sorted({(method, redistribution) for method, redistribution, _ in COMBINATIONS})
 PARTS = [(True, True), (True, False), (False, True), (False, False)]
 
 
@@ -32,9 +40,7 @@ def logits_of(model, **arguments):
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.99])
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("redistribution", REDISTRIBUTIONS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "redistribution", "scope"), COMBINATIONS)
 def test_zeros_are_exact(method, redistribution, scope, sparsity):
     model = make_model(torch.float32)
     masks = prune_model(
@@ -52,19 +58,51 @@ def test_zeros_are_exact(method, redistribution, scope, sparsity):
     assert flat(weights).isfinite().all()
     if scope == "model":
         assert int((~flat(masks)).sum()) == round(sparsity * flat(masks).numel())
+    elif scope == "row":
+        for mask in masks.values():
+            assert ((~mask).sum(1) == round(sparsity * mask.shape[1])).all()
     else:
         for mask in masks.values():
             assert int((~mask).sum()) == round(sparsity * mask.numel())
 
 
-@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("scope", ["2:4", "4:8", "1:4"])
+@pytest.mark.parametrize(("method", "redistribution"), PAIRS)
+def test_n_of_every_m_inputs_are_kept(method, redistribution, scope):
+    kept, length = map(int, scope.split(":"))
+    model = make_model(torch.float32)
+    masks = prune_model(
+        model,
+        make_batches(),
+        method=method,
+        sparsity=1 - kept / length,
+        scope=scope,
+        redistribution=redistribution,
+    )
+    assert torch.equal(flat(weights_of(model)) != 0, flat(masks))
+    for mask in masks.values():
+        assert (mask.reshape(-1, length).sum(1) == kept).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_has_its_own_scope(method):
+    scope = "row" if method == "wanda" else "matrix"
+    arguments = {"method": method, "sparsity": 0.7}
+    own = prune_model(make_model(), make_batches(), **arguments)
+    named = prune_model(make_model(), make_batches(), scope=scope, **arguments)
+    assert torch.equal(flat(own), flat(named))
+
+
+@pytest.mark.parametrize("scope", ["matrix", "row"])
 @pytest.mark.parametrize("method", METHODS)
 def test_zeros_are_exact_when_all_weights_are_equal(method, scope):
     model = make_model()
     for weight in prunable_weights(model).values():
         weight.data.fill_(0.25)
     masks = prune_model(model, make_batches(), method=method, sparsity=0.7, scope=scope)
-    assert int((~flat(masks)).sum()) == pytest.approx(0.7 * flat(masks).numel(), abs=7)
+    for mask in masks.values():
+        parts = mask if scope == "row" else mask.reshape(1, -1)
+        assert ((~parts).sum(1) == round(0.7 * parts.shape[1])).all()
     assert torch.equal(flat(weights_of(model)) != 0, flat(masks))
 
 
@@ -137,16 +175,18 @@ def test_mama_score_of_the_first_matrix_against_the_formula(activation, movement
     assert score[kept].min() >= score[~kept].max()
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("redistribution", REDISTRIBUTIONS)
-def test_how_the_set_is_cut_into_batches_and_padded_does_not_matter(redistribution, scope):
+@pytest.mark.parametrize(
+    ("method", "redistribution", "scope"),
+    [case for case in COMBINATIONS if case[0] in ("wanda", "sparsegpt", "mama")],
+)
+def test_how_the_set_is_cut_into_batches_and_padded_does_not_matter(method, redistribution, scope):
     pruned = []
     for batch_size in (1, 3, 100):
         model = make_model()
         masks = prune_model(
             model,
             make_batches(batch_size),
-            method="mama",
+            method=method,
             sparsity=0.7,
             scope=scope,
             redistribution=redistribution,
@@ -190,16 +230,17 @@ def test_least_squares_brings_the_outputs_closer_to_the_dense_model(changes):
     assert error["least_squares"] < 0.8 * error["none"]
 
 
-@pytest.mark.parametrize("redistribution", REDISTRIBUTIONS)
-def test_nothing_pruned_leaves_the_model_as_it_is(redistribution):
+@pytest.mark.parametrize(
+    ("method", "redistribution"), [pair for pair in PAIRS if pair[0] in ("mama", "sparsegpt")]
+)
+def test_nothing_pruned_leaves_the_model_as_it_is(method, redistribution):
     model = make_model()
     dense = flat(weights_of(model))
-    prune_model(model, make_batches(), method="mama", sparsity=0.0, redistribution=redistribution)
+    prune_model(model, make_batches(), method=method, sparsity=0.0, redistribution=redistribution)
     torch.testing.assert_close(flat(weights_of(model)), dense, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("redistribution", REDISTRIBUTIONS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "redistribution"), PAIRS)
 def test_one_calibration_token(method, redistribution):
     model = make_model()
     batches = calibration_batches([[5]], [[]], pad_token_id=PAD, batch_size=1)
@@ -215,8 +256,7 @@ def test_one_calibration_token(method, redistribution):
     assert torch.equal(flat(weights_of(model)) != 0, flat(masks))
 
 
-@pytest.mark.parametrize("redistribution", REDISTRIBUTIONS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "redistribution"), PAIRS)
 def test_dead_input_channels(method, redistribution):
     model = make_model()
     model.model.layers[0].input_layernorm.weight.data[3:9] = 0.0
@@ -228,12 +268,11 @@ def test_dead_input_channels(method, redistribution):
     assert torch.equal(flat(weights_of(model)) != 0, flat(masks))
 
 
-def test_weights_of_dead_channels_go_first_under_activation():
+@pytest.mark.parametrize("method", ["mama", "wanda", "sparsegpt"])
+def test_weights_of_dead_channels_go_first_under_activation(method):
     model = make_model()
     model.model.layers[0].input_layernorm.weight.data[3:9] = 0.0
-    masks = prune_model(
-        model, make_batches(), method="mama", sparsity=0.5, movement=False, redistribution="none"
-    )
+    masks = prune_model(model, make_batches(), method=method, sparsity=0.5, movement=False)
     assert not masks["model.layers.0.self_attn.q_proj.weight"][:, 3:9].any()
 
 
@@ -241,7 +280,15 @@ def test_weights_of_dead_channels_go_first_under_activation():
     ("changes", "key"),
     [
         ({"method": "magnitudes"}, "prune.method"),
-        ({"scope": "layer"}, "prune.scope"),
+        ({"scope": "layer"}, "prune.scope: 'layer' is unknown; set matrix, model, row or N:M"),
+        ({"scope": "4:2"}, "prune.scope"),
+        ({"scope": "5:10"}, r"prune.scope: 5:10: rows of model\..*q_proj.weight have 32 elements"),
+        ({"scope": "1:4"}, "prune.sparsity: 0.5: .* keeps 1 of every 4 weights; set 0.75"),
+        ({"method": "sparsegpt", "scope": "model"}, "prune.scope: model: .*; set matrix, row"),
+        (
+            {"method": "sparsegpt", "redistribution": "proportional"},
+            "prune.redistribution: proportional: .*; set none, or least_squares",
+        ),
         ({"redistribution": "lsq"}, "prune.redistribution"),
         ({"sparsity": 1.0}, "prune.sparsity"),
         ({"sparsity": -0.1}, "prune.sparsity"),
@@ -253,10 +300,14 @@ def test_arguments_out_of_range_are_named(changes, key):
         prune_model(make_model(), [], **arguments)
 
 
-def test_bfloat16_model():
+@pytest.mark.parametrize(
+    ("method", "redistribution"),
+    [("mama", "least_squares"), ("wanda", "none"), ("sparsegpt", "none")],
+)
+def test_bfloat16_model(method, redistribution):
     model = make_model(torch.bfloat16)
     masks = prune_model(
-        model, make_batches(), method="mama", sparsity=0.9, redistribution="least_squares"
+        model, make_batches(), method=method, sparsity=0.9, redistribution=redistribution
     )
     assert all(weight.dtype == torch.bfloat16 for weight in weights_of(model).values())
     assert torch.equal(flat(weights_of(model)) != 0, flat(masks))
