@@ -6,8 +6,11 @@ import torch
 from pipeline.errors import UserError
 from pipeline.models.prunable import prunable_weights
 from pipeline.pruning.batches import calibration_batches
+from pipeline.pruning.calibration import calibrate
 from pipeline.pruning.calibration_movement import calibration_movement
 from pipeline.pruning.methods import METHODS, REDISTRIBUTIONS, SCOPES, prune_model
+from pipeline.pruning.redistribution import redistribute
+from pipeline.pruning.sparsegpt import sparsegpt_weight
 from tests.unit.pruning_models import PAD, make_batches, make_model, make_rows
 
 COMBINATIONS = [
@@ -82,6 +85,45 @@ def test_n_of_every_m_inputs_are_kept(method, redistribution, scope):
     assert torch.equal(flat(weights_of(model)) != 0, flat(masks))
     for mask in masks.values():
         assert (mask.reshape(-1, length).sum(1) == kept).all()
+
+
+def test_least_squares_on_the_mask_of_sparsegpt_starts_from_the_dense_weights():
+    name = "model.layers.0.self_attn.q_proj.weight"  # its inputs are those of the dense model
+    models = {kind: make_model() for kind in ("none", "least_squares")}
+    dense, found = weights_of(models["none"])[name], {}
+    calibrate(
+        make_model(), make_batches(), lambda n, _, seen: found.update({n: seen}), "cross_moment"
+    )
+    masks = {
+        kind: prune_model(
+            model, make_batches(), method="sparsegpt", sparsity=0.6, redistribution=kind
+        )[name]
+        for kind, model in models.items()
+    }
+    weights = {kind: weights_of(model)[name] for kind, model in models.items()}
+    assert torch.equal(masks["none"], masks["least_squares"])
+    _, own = sparsegpt_weight(dense, found[name], 0.6, "matrix", name)
+    solved = redistribute(dense, masks["none"], "least_squares", found[name])
+    torch.testing.assert_close(weights["none"], own)
+    torch.testing.assert_close(weights["least_squares"], solved)
+    assert not torch.allclose(own, solved)
+
+
+@pytest.mark.parametrize(("method", "redistribution"), PAIRS)
+def test_the_dense_stream_runs_only_for_a_redistribution(method, redistribution):
+    model, calls = make_model(), []
+    model.model.layers[1].mlp.down_proj.register_forward_hook(lambda *_: calls.append(1))
+    batches = make_batches()
+    prune_model(
+        model,
+        batches,
+        method=method,
+        sparsity=0.5,
+        redistribution=redistribution,
+        movement=False,
+    )
+    num_streams = 2 if redistribution != "none" else int(method in ("wanda", "sparsegpt", "mama"))
+    assert len(calls) == num_streams * len(batches)
 
 
 @pytest.mark.parametrize("method", METHODS)
