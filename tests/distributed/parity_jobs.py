@@ -36,6 +36,8 @@ LEARNING_RATE = 1e-3
 START_SPARSITY = 0.5
 SPARSITY_AFTER = {4: 0.6, 8: 0.7, 12: 0.75, 16: 0.75}
 """Optimizer step after which the mask is refined, to which sparsity."""
+LAST_SPARSITY = 0.8
+"""Of the refinement right before answers are generated."""
 REGROW_FRACTION = 0.1
 RULE = RefinementRule(
     scope="matrix", score="mix", movement_weight=0.5, protect_steps=4, min_density=0.0
@@ -63,7 +65,7 @@ class Record:
 
 
 def llama(*, same_order: bool = True) -> LlamaForCausalLM:
-    """215,040 prunable weights, the same on every rank. ZeRO-1 and 2 on two ranks cut one of them in two."""
+    """215,040 prunable values, the same on every rank; two ranks of ZeRO-1 or 2 cut a weight."""
     torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -140,7 +142,7 @@ def reload(rank: int, world_size: int, layout: str, folder: str, again: str | No
 def generate(
     rank: int, world_size: int, layout: str
 ) -> tuple[list[int], dict[str, Tensor], dict[str, Tensor | None]]:
-    """Trains, then answers greedily.
+    """Trains, refines once more, and answers greedily with no step between.
 
     Returns:
         The answer; each prunable weight as its layer used it for the last token; and on the first
@@ -150,6 +152,9 @@ def generate(
     names = {weight: name for name, weight in prunable_weights(model).items()}
     with train_as(layout, model, prunable_weights(model), rank, world_size) as run:
         _, state = _train(run, num_pieces=2, max_norm=MAX_NORM)
+        refine(
+            state, run.sharded, RULE, sparsity=LAST_SPARSITY, regrow_fraction=0.0, step=NUM_STEPS
+        )
         used: dict[str, Tensor] = {}
         for module in model.modules():
             if isinstance(module, nn.Linear) and module.weight in names:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pipeline.artifacts import git_commit, installed_versions, write_json
 from tests.distributed.parity_jobs import (
+    LAST_SPARSITY,
     MASK,
     MOVEMENT,
     NUM_STEPS,
@@ -227,7 +228,7 @@ def test_bf16_weights_that_generate_keep_their_zeros(layout):
         assert weight.dtype == torch.bfloat16
         assert torch.equal(weight, other_used[name])
         assert not weight[~masks[name]].any(), name
-        assert (weight == 0).float().mean() == pytest.approx(0.75, abs=0.01)
+        assert (weight == 0).float().mean() == pytest.approx(LAST_SPARSITY, abs=0.01)
 
 
 def test_the_table_is_printed(capsys):
