@@ -10,7 +10,9 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
+from accelerate import PartialState
 
 from pipeline.errors import UserError
 
@@ -28,6 +30,12 @@ def is_main() -> bool:
 def world_size() -> int:
     """How many ranks the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join_ranks() -> None:
+    """Makes sure that the ranks can talk, also in a run that trains nothing."""
+    if world_size() > 1:
+        PartialState(cpu=not torch.accelerator.is_available())
 
 
 def on_main(function: Callable[[], Result]) -> Result:
@@ -53,6 +61,17 @@ def on_main(function: Callable[[], Result]) -> Result:
     if message is not None:
         raise UserError(message)
     return result
+
+
+def raise_together(error: Exception | None) -> None:
+    """Ends all ranks with the first rank's error when any has one. Every rank calls it.
+
+    Raises:
+        UserError: On every rank, with the message of the lowest rank that has an error.
+    """
+    messages = [text for text in gather_from_all(error and str(error)) if text is not None]
+    if messages:
+        raise UserError(messages[0]) from error
 
 
 def gather_from_all(value: Result) -> list[Result]:

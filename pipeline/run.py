@@ -32,10 +32,10 @@ from pipeline.config import Config
 from pipeline.config_loading import to_yaml
 from pipeline.errors import UserError
 from pipeline.models.loading import resolve_model
-from pipeline.ranks import is_main, on_main
+from pipeline.ranks import is_main, join_ranks, on_main
 from pipeline.stages import distill, evaluate, grpo, prune
 from pipeline.stages.inputs import TaskInputs, check_teacher, open_task
-from pipeline.stages.training import end_step, refining_stages
+from pipeline.stages.training import end_step, max_steps, refining_stages
 from pipeline.training.arguments import check_trl_values
 from pipeline.training.checkpoint import MARKER_FILE
 
@@ -49,6 +49,14 @@ SECTIONS_READ = {
     "evaluate": ("student", "teacher", "task", "evaluate"),
 }
 """Config sections whose keys are inputs of a stage."""
+
+KEYS_READ = {
+    "prune": (("refine", "start_sparsity"), ("evaluate", "max_new_tokens")),
+    "distill": (("prune", "sparsity"), ("evaluate", "max_new_tokens")),
+    "grpo": (("prune", "sparsity"),),
+    "evaluate": (("prune", "sparsity"),),
+}
+"""Single keys of other sections that are inputs too."""
 
 HARMLESS_KEYS = {"teacher.micro_batch_size", "calibration.batch_size", "evaluate.batch_size"}
 HARMLESS_PREFIXES = ("logging_", "log_", "report_to", "disable_tqdm", "save_", "run_name", "hub_")
@@ -71,12 +79,13 @@ def run(config: Config, *, output_dir: Path, resume: str = "auto") -> None:
     _quiet_libraries()
     check_trl_values(config)
     inputs = open_inputs(config)
+    join_ranks()
     folder = on_main(partial(RunFolder.open, output_dir))
-    checkpoint = _checkpoint(folder, resume)
     _log_to(folder.root / "log")
-    on_main(partial(_settle, config, folder, resume))
     status = 1
     try:
+        checkpoint = _checkpoint(folder, resume)
+        on_main(partial(_settle, config, folder, resume))
         _run_stages(config, folder, inputs, checkpoint)
         status = 0
     except UserError:
@@ -124,7 +133,8 @@ def _begin(stage: str, config: Config, folder: RunFolder) -> dict[str, Any]:
         "done": False,
     }
     if stage in refining_stages(config):
-        record["refine_end_step"] = old.get("refine_end_step") or end_step(config)
+        record["refine_end_step"] = end_step(config, folder)
+        record["max_steps"] = max_steps(config, stage)
     folder.write_record(stage, record)
     logger.info("%s: %s", stage, "resumed" if old else "begins")
     return record
@@ -150,8 +160,9 @@ def stage_inputs(stage: str, config: Config, folder: RunFolder) -> dict[str, Any
             name = f"{section}.{key}"
             if name not in HARMLESS_KEYS and not key.startswith(HARMLESS_PREFIXES):
                 keys[name] = value
+    for section, key in KEYS_READ[stage]:
+        keys[f"{section}.{key}"] = getattr(getattr(config, section), key)
     if stage == "prune":
-        keys["refine.start_sparsity"] = config.refine.start_sparsity
         for role in ("student", "teacher"):
             keys[f"files of {role}.path"] = _model_fingerprint(getattr(config, role).path)
     earlier = STAGES[: STAGES.index(stage)]
@@ -277,11 +288,14 @@ def _quiet_libraries() -> None:
 
 def _log_to(path: Path) -> None:
     """Sends the pipeline's log to the terminal and, appended, to the run folder; rank 0 only."""
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if is_main():
+        handlers.append(logging.FileHandler(path, delay=True))
     logging.basicConfig(
-        level=logging.WARNING,
+        level=logging.WARNING if is_main() else logging.ERROR,
         format="%(asctime)s %(message)s",
         datefmt="%H:%M:%S",
-        handlers=[logging.StreamHandler(sys.stderr), logging.FileHandler(path, delay=True)],
+        handlers=handlers,
         force=True,
     )
     logging.getLogger("pipeline").setLevel(logging.INFO if is_main() else logging.ERROR)

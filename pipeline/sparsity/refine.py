@@ -37,6 +37,8 @@ from pipeline.sparsity.state import Regrown, SparsityState
 
 SCOPES = ("matrix", "model", "row")
 PIECE = 8 * CHUNK
+FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
+"""What Adam, and SGD and Muon, call it."""
 """Elements whose changes are applied at once; few of them change."""
 
 
@@ -166,7 +168,7 @@ def _apply(sides: Sides, shard: Shard, changed: Tensor, step: int) -> tuple[int,
         How many were pruned, and how many regrew.
     """
     state, name, weight = sides.state, shard.name, shard.weight
-    first_moment = sides.weights.moments(shard, "exp_avg")
+    first_moments = [sides.weights.moments(shard, key) for key in FIRST_MOMENTS]
     num_pruned, grown = 0, [torch.empty(0, dtype=torch.int64, device=weight.device)]
     for start in range(0, shard.numel, PIECE):
         positions = bit_positions(changed[start // 8 : (start + PIECE) // 8]) + start
@@ -176,8 +178,9 @@ def _apply(sides: Sides, shard: Shard, changed: Tensor, step: int) -> tuple[int,
         weight.index_fill_(0, pruned, 0.0)
         num_pruned += pruned.numel()
         grown.append(positions[~was_kept])
-        if first_moment is not None:
-            first_moment.index_fill_(0, grown[-1], 0.0)
+        for moment in first_moments:
+            if moment is not None:
+                moment.index_fill_(0, grown[-1], 0.0)
     state.masks[name] ^= changed
     regrown = torch.cat(grown)
     state.regrown[name] = _note(state.regrown[name], regrown, state.masks[name], step)

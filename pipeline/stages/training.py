@@ -20,8 +20,8 @@ from pipeline.sparsity.schedule import RefinementSchedule
 from pipeline.sparsity.storage import save_state
 from pipeline.stages.inputs import save_model
 from pipeline.training.arguments import forget_deepspeed
-from pipeline.training.checkpoint import newest_whole_checkpoint
-from pipeline.training.sparse_trainer import Sparsity
+from pipeline.training.checkpoint import check_layout, newest_whole_checkpoint
+from pipeline.training.sparse_trainer import Sparsity, layout_of
 
 END_FRACTION = 0.6
 """Share of the refining steps after which the final sparsity is reached, where none is set. The
@@ -50,25 +50,37 @@ def refining_stages(config: Config) -> list[str]:
     return [stage for stage in config.refine.stages if stage in config.run.stages]
 
 
-def end_step(config: Config) -> int:
-    """The step at which `prune.sparsity` is reached."""
+def end_step(config: Config, folder: RunFolder) -> int:
+    """The step at which `prune.sparsity` is reached.
+
+    The one a stage of this run began with, if any: the schedule must not run backwards, neither
+    when `max_steps` is raised nor when the stages run one command at a time.
+    """
+    records = [folder.record(stage) or {} for stage in config.refine.stages]
+    recorded = [record["refine_end_step"] for record in records if "refine_end_step" in record]
+    if recorded:
+        return recorded[0]
     if config.refine.end_step is not None:
         return config.refine.end_step
     steps = sum(max_steps(config, stage) for stage in refining_stages(config))
     return max(1, round(END_FRACTION * steps))
 
 
-def stage_sparsity(config: Config, folder: RunFolder, stage: str, source: Path) -> Sparsity:
-    """Schedule and rules of one stage, whose masks come from the folder `source`.
+def first_step(config: Config, folder: RunFolder, stage: str) -> int:
+    """Optimizer steps of the refining stages before this one, in this command or earlier."""
+    order = config.refine.stages
+    earlier = order[: order.index(stage)] if stage in order else []
+    records = {name: folder.record(name) for name in earlier}
+    return sum(
+        records[name]["max_steps"] if records[name] else max_steps(config, name)
+        for name in earlier
+        if records[name] or name in config.run.stages
+    )
 
-    A stage that began keeps the end step it began with, also when `max_steps` is raised later:
-    the schedule must not run backwards.
-    """
+
+def stage_sparsity(config: Config, folder: RunFolder, stage: str, source: Path) -> Sparsity:
+    """Schedule and rules of one stage, whose masks come from the folder `source`."""
     refine = config.refine
-    stages = refining_stages(config)
-    earlier = stages[: stages.index(stage)] if stage in stages else []
-    recorded = [folder.record(name) or {} for name in ("distill", "grpo")]
-    end = next((r["refine_end_step"] for r in recorded if r.get("refine_end_step")), None)
     start = config.prune.sparsity if refine.start_sparsity is None else refine.start_sparsity
     moves = (
         start != config.prune.sparsity
@@ -76,12 +88,12 @@ def stage_sparsity(config: Config, folder: RunFolder, stage: str, source: Path) 
         or (refine.score != "magnitude")
     )
     schedule = None
-    if stage in stages and moves:
+    if stage in refining_stages(config) and moves:
         schedule = RefinementSchedule(
             start_sparsity=start,
             final_sparsity=config.prune.sparsity,
             begin_step=refine.begin_step,
-            end_step=end or end_step(config),
+            end_step=end_step(config, folder),
             every_steps=refine.every_steps,
             regrow_fraction=refine.regrow_fraction,
         )
@@ -101,7 +113,7 @@ def stage_sparsity(config: Config, folder: RunFolder, stage: str, source: Path) 
             half_life_steps=config.movement.half_life_steps,
             dtype=getattr(torch, config.movement.dtype),
         ),
-        first_step=sum(max_steps(config, name) for name in earlier),
+        first_step=first_step(config, folder, stage),
         stage=stage,
     )
 
@@ -117,6 +129,7 @@ def train(trainer: Trainer, sparsity: Sparsity, out: Path, checkpoint: Path | No
     """
     checkpoint = checkpoint or newest_whole_checkpoint(out)
     if checkpoint is not None:
+        check_layout(checkpoint, layout_of(trainer))
         logger.info("%s: resuming from %s", sparsity.stage, checkpoint)
         sparsity.resume(checkpoint)
     engine = trainer.add_sparsity(sparsity)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pipeline.artifacts import MASK_FILE, write_json
+from pipeline.errors import UserError
 from pipeline.ranks import is_main, wait_for_all
 from pipeline.sparsity.masks import load_masks
 from pipeline.sparsity.shards import ShardedWeights
@@ -23,11 +24,19 @@ MARKER_FILE = "sparsity.json"
 logger = logging.getLogger(__name__)
 
 
+def begin_checkpoint(checkpoint: Path) -> None:
+    """Takes the marker of an older checkpoint of the same step away. Every rank calls it."""
+    if is_main():
+        (checkpoint / MARKER_FILE).unlink(missing_ok=True)
+    wait_for_all()
+
+
 def finish_checkpoint(
     checkpoint: Path,
     state: SparsityState,
     weights: ShardedWeights,
     refinements: list[dict[str, Any]],
+    layout: dict[str, Any],
 ) -> None:
     """Adds masks, movement and, last, the marker to what transformers wrote. Every rank calls it.
 
@@ -36,12 +45,36 @@ def finish_checkpoint(
         state: Masks and movement of this rank's shards.
         weights: The shards.
         refinements: What each refinement of this stage did so far.
+        layout: How the optimizer's state is cut, see `check_layout`.
     """
     save_state(checkpoint, state, weights)
     wait_for_all()
     if is_main():
-        write_json(checkpoint / MARKER_FILE, {"refinements": refinements})
+        write_json(checkpoint / MARKER_FILE, {"refinements": refinements, "layout": layout})
     wait_for_all()
+
+
+def check_layout(checkpoint: Path, layout: dict[str, Any]) -> None:
+    """Refuses a checkpoint whose optimizer state this run cannot read.
+
+    Masks and movement are read by any number of ranks; weights and moments are saved by
+    transformers and DeepSpeed, in one layout. Without DeepSpeed every rank has all of them.
+
+    Args:
+        checkpoint: A whole one.
+        layout: `engine` (`plain` or `zero1` to `zero3`) and `world_size` of this run.
+
+    Raises:
+        UserError: They differ.
+    """
+    saved = json.loads((checkpoint / MARKER_FILE).read_text())["layout"]
+    if saved == layout or saved["engine"] == layout["engine"] == "plain":
+        return
+    then, now = (f"{lay['engine']} on {lay['world_size']} ranks" for lay in (saved, layout))
+    raise UserError(
+        f"--output_dir: {checkpoint} was saved by {then}, and {now} cannot read its optimizer "
+        "state; launch as before, or set another --output_dir"
+    )
 
 
 def load_sparsity(

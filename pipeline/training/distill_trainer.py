@@ -83,7 +83,10 @@ class DistillTrainer(SparseTrainer, SFTTrainer):
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss above; scored are the positions whose next label is not -100."""
+        """The loss above; scored are the positions whose next label is not -100.
+
+        `num_items_in_batch` counts the tokens of all ranks, over which gradients are then averaged.
+        """
         scored = inputs["labels"][:, 1:] != -100
         batch = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
         outputs = model(**batch, use_cache=False)
@@ -91,6 +94,8 @@ class DistillTrainer(SparseTrainer, SFTTrainer):
         with torch.no_grad(), self.accelerator.autocast():
             teacher_logits = self.teacher(**batch, use_cache=False).logits[:, :-1][scored]
         num_tokens = scored.sum() if num_items_in_batch is None else num_items_in_batch
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            num_tokens = num_items_in_batch / self.accelerator.num_processes
         divergence = forward_kl(student_logits, teacher_logits).sum() / num_tokens
         cross_entropy = (
             F.cross_entropy(

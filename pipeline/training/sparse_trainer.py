@@ -15,6 +15,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from pipeline.errors import UserError
 from pipeline.models.prunable import prunable_weights
+from pipeline.ranks import raise_together
 from pipeline.sparsity.hooks import SparsityHooks
 from pipeline.sparsity.layouts import check_optimizer
 from pipeline.sparsity.movement import MovementRule
@@ -22,7 +23,12 @@ from pipeline.sparsity.refine import RefinementRule, refine
 from pipeline.sparsity.schedule import RefinementSchedule
 from pipeline.sparsity.shards import ShardedWeights, plain_shards
 from pipeline.sparsity.state import SparsityState
-from pipeline.training.checkpoint import finish_checkpoint, load_refinements, load_sparsity
+from pipeline.training.checkpoint import (
+    begin_checkpoint,
+    finish_checkpoint,
+    load_refinements,
+    load_sparsity,
+)
 from pipeline.training.progress import StageProgress
 from pipeline.training.skipped_steps import SkippedSteps
 
@@ -52,19 +58,24 @@ def find_shards(trainer: Trainer) -> ShardedWeights:
     """Where the trainer's optimizer holds every prunable weight.
 
     Raises:
-        UserError: In a place where no mask can be enforced; says which setting to change.
+        ValueError: In a place where no mask can be enforced; says which setting to change.
     """
     weights = prunable_weights(trainer.accelerator.unwrap_model(trainer.model))
-    try:
-        if trainer.is_deepspeed_enabled:
-            from pipeline.sparsity.zero_shards import zero_shards  # deepspeed takes seconds
+    if trainer.is_deepspeed_enabled:
+        from pipeline.sparsity.zero_shards import zero_shards  # deepspeed takes seconds
 
-            return zero_shards(trainer.model_wrapped, weights)
-        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-        check_optimizer(optimizer, weights)
-        return plain_shards(weights, optimizer)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+        return zero_shards(trainer.model_wrapped, weights)
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    check_optimizer(optimizer, weights)
+    return plain_shards(weights, optimizer)
+
+
+def layout_of(trainer: Trainer) -> dict[str, Any]:
+    """How the trainer cuts the optimizer's state: `engine` and `world_size`."""
+    engine = "plain"
+    if trainer.is_deepspeed_enabled:
+        engine = f"zero{trainer.accelerator.state.deepspeed_plugin.zero_stage}"
+    return {"engine": engine, "world_size": trainer.accelerator.num_processes}
 
 
 class SparsityCallback(TrainerCallback):
@@ -82,14 +93,16 @@ class SparsityCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Registers the hooks on the optimizer that updates the weights."""
-        self.weights = find_shards(self.trainer)
+        failure = None
         try:
+            self.weights = find_shards(self.trainer)
             self.state = load_sparsity(
                 self.sparsity.source, self.weights, self.sparsity.movement.dtype
             )
-            self.bind()
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        except (UserError, ValueError) as error:
+            failure = error
+        raise_together(failure)
+        self.bind()
         self.measured = self.state.sparsity(self.weights)
 
     def bind(self) -> None:
@@ -178,9 +191,14 @@ class SparseTrainer:
         return norm
 
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        begin_checkpoint(checkpoint)
+        super()._save_checkpoint(model, trial)
         callback = self.sparsity
         finish_checkpoint(
-            checkpoint, callback.state, callback.weights, callback.sparsity.refinements
+            checkpoint,
+            callback.state,
+            callback.weights,
+            callback.sparsity.refinements,
+            layout_of(self),
         )

@@ -68,6 +68,39 @@ def test_both_topologies_train_the_same_student(runs):
         assert torch.allclose(first[both], second[both], rtol=1e-3, atol=1e-4), name
 
 
+def test_checkpoints_say_which_layout_can_read_them(runs):
+    for topology, engine in (("cpu_zero2", "zero2"), ("cpu_zero3", "zero3")):
+        marker = next((runs / topology / "distill").glob("checkpoint-*/sparsity.json"))
+        assert json.loads(marker.read_text())["layout"] == {"engine": engine, "world_size": 2}
+
+
+def test_two_ranks_that_train_nothing(tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            "2",
+            "launch/train.py",
+            "--stages",
+            "evaluate",
+            "--student.path",
+            "bundled",
+            "--task.num_test",
+            "20",
+            "--output_dir",
+            str(tmp_path / "run"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["accuracy"]["student"] == 1.0
+
+
 def test_muon_is_refused_with_its_remedy(tmp_path):
     done = launch("cpu_zero2", tmp_path / "run", **{"distill.muon_learning_rate": 0.01})
     assert done.returncode == 1

@@ -52,7 +52,7 @@ MAY_IMPORT = {  # room: all it may import from other people
     "pipeline.errors": set(),
     "pipeline.config": {"annotated_types", "pydantic", "pydantic_core", "yaml"},
     "pipeline.artifacts": set(),
-    "pipeline.ranks": {"torch"},
+    "pipeline.ranks": {"torch", "accelerate"},
 }
 
 
