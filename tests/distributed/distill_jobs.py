@@ -1,32 +1,13 @@
 """One distillation step of a real trainer, inside a rank."""
 
-import torch
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig
 
 from pipeline.models.loading import load_tokenizer
 from pipeline.training.distill_trainer import DistillTrainer
+from tests.unit.tiny_models import tiny
 
 NUM_ROWS = 8
-
-
-def tiny(tokenizer, seed):
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            initializer_range=0.3,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
-        )
-    ).eval()
 
 
 def first_step(rank, world_size, folder):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import TrainerCallback
 from trl import GRPOConfig, SFTConfig
 
 from pipeline.artifacts import MASK_FILE
@@ -21,6 +21,7 @@ from pipeline.training.checkpoint import MARKER_FILE, check_layout, newest_whole
 from pipeline.training.distill_trainer import DistillTrainer, forward_kl
 from pipeline.training.grpo_trainer import TeacherGRPOTrainer
 from pipeline.training.sparse_trainer import Sparsity
+from tests.unit.tiny_models import tiny
 
 CPU = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
 
@@ -28,25 +29,6 @@ CPU = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_
 @pytest.fixture(scope="module")
 def tokenizer():
     return load_tokenizer("bundled")
-
-
-def tiny(tokenizer, seed):
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=32,
-            initializer_range=0.3,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
-        )
-    ).eval()
 
 
 def sparsity_of(model, folder, **schedule):
