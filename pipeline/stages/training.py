@@ -68,14 +68,14 @@ def end_step(config: Config, folder: RunFolder) -> int:
 
 def first_step(config: Config, folder: RunFolder, stage: str) -> int:
     """Optimizer steps of the refining stages before this one, in this command or earlier."""
-    order = config.refine.stages
-    earlier = order[: order.index(stage)] if stage in order else []
-    records = {name: folder.record(name) for name in earlier}
-    return sum(
-        records[name]["max_steps"] if records[name] else max_steps(config, name)
-        for name in earlier
-        if records[name] or name in config.run.stages
-    )
+    order, steps = config.refine.stages, 0
+    for name in order[: order.index(stage)] if stage in order else []:
+        record = folder.record(name)
+        if record is not None:
+            steps += record.get("max_steps", 0)  # 0: it kept its mask
+        elif name in config.run.stages:
+            steps += max_steps(config, name)
+    return steps
 
 
 def stage_sparsity(config: Config, folder: RunFolder, stage: str, source: Path) -> Sparsity:
