@@ -2,8 +2,9 @@
 
 One pre-hook and one post-hook on the base optimizer, over this rank's shards. After every step a
 pruned weight is exactly 0, whatever momentum and weight decay do; its moments are left alone, and
-as optimizers are elementwise they never move a kept weight. Nothing is communicated: the copy of
-fp32 weights to those that compute, which follows every step anyway, carries the zeros.
+an elementwise optimizer never moves a kept weight by them (Muon does, see `training/muon.py`).
+Nothing is communicated: the copy of fp32 weights to those that compute, which follows every step
+anyway, carries the zeros.
 
 Under ZeRO the hooks fire once for every parameter group or sub-group, so they look at the tensors
 that the optimizer holds at that moment and never count steps. A weight without a gradient is not
