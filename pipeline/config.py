@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from pipeline.errors import UserError
 
-STAGES = ("prune", "distill", "grpo", "evaluate")
+STAGES = ("prune", "distill", "grpo", "evaluate", "sweep")
 VERIFIERS = ("exact", "numeric", "gsm8k", "math")
 REWARDS = ("correctness",)
 SCOPES = ("matrix", "model", "row")
@@ -100,9 +100,9 @@ class RunConfig(_Section):
     seed: int = Field(42, ge=0, lt=2**32)
     """Seed of every random choice: data, sampling, training, ties in random masks."""
     stages: Annotated[
-        list[Literal["prune", "distill", "grpo", "evaluate"]], AfterValidator(_in_order)
-    ] = Field(list(STAGES), min_length=1)
-    """Stages to run, in this order; `--stages a,b` is short for it."""
+        list[Literal["prune", "distill", "grpo", "evaluate", "sweep"]], AfterValidator(_in_order)
+    ] = Field(["prune", "distill", "grpo", "evaluate"], min_length=1)
+    """Stages to run, in this order; `--stages a,b` is short for it; sweep runs alone."""
 
 
 class StudentConfig(_Section):
@@ -159,15 +159,24 @@ class TaskConfig(_Section):
 class CalibrationConfig(_Section):
     """The text on which pruning measures activations and gradients."""
 
-    source: Literal["answers", "teacher"] = "answers"
-    """Completions after the prompts: the task's answers, or the teacher's own greedy ones."""
+    source: Literal["rollouts", "answers", "prompts", "text"] = "rollouts"
+    """What follows the calibration prompts: the teacher's own verified completions, the task's
+    answers, or nothing (prompts); text takes pieces of calibration.text_path instead."""
+    temperature: float = Field(1.0, ge=0)
+    """Of the teacher's completions; 0 is greedy."""
+    text_path: Name | None = None
+    """Text file, or JSON lines with a column text."""
+    seq_len: int = Field(512, ge=2)
+    """Tokens in a piece of text; task.num_calibration pieces are drawn."""
     batch_size: int = Field(64, ge=1)
     """Rows in one calibration forward pass."""
 
 
 class ScoreParts(_Section):
-    """What method mama multiplies the magnitude with; both off leaves plain magnitude."""
+    """What the score of method mama is made of; at least one of them."""
 
+    magnitude: bool = True
+    """Absolute value of the weight."""
     activation: bool = True
     """Norm of the weight's input activation over the calibration tokens."""
     movement: bool = True
@@ -177,10 +186,18 @@ class ScoreParts(_Section):
 class PruneConfig(_Section):
     """One-shot pruning: the mask and the weights that training starts from."""
 
-    method: Literal["magnitude", "wanda", "sparsegpt", "mama", "random", "negative_magnitude"] = (
-        "mama"
-    )
-    """Criterion that picks the weights to prune; the last two are controls."""
+    method: Literal[
+        "magnitude",
+        "wanda",
+        "sparsegpt",
+        "mama",
+        "sdmprune",
+        "block_entropy",
+        "random",
+        "negative_magnitude",
+    ] = "mama"
+    """Picks the weights to prune; sdmprune cuts MLP channels, block_entropy drops whole attention
+    or MLP blocks, the last two are controls."""
     sparsity: float = Field(0.9, ge=0, lt=1)
     """Target of the whole run: fraction of zeros among the prunable weights."""
     scope: Annotated[str, AfterValidator(_scope)] | None = None
@@ -188,7 +205,14 @@ class PruneConfig(_Section):
     keeps N of every M inputs of a row (2:4); null is row for wanda, matrix for the others."""
     redistribution: Literal["none", "proportional", "least_squares"] = "least_squares"
     """How what the pruned weights contributed is moved onto kept weights of the same layer; under
-    none sparsegpt keeps its own update, under least_squares only its mask."""
+    none sparsegpt keeps its own weights, under least_squares only its mask."""
+    allocation: Literal["uniform", "owl", "search"] = "uniform"
+    """Rate of each matrix: the same for all, less where activations have outliers (owl), or
+    searched for the lowest KL to the dense model on the calibration rows."""
+    search_evaluations: int = Field(64, ge=1)
+    """Budget of allocation search, in passes over the calibration rows."""
+    width_multiple: int = Field(32, ge=1)
+    """The MLP width that sdmprune leaves is a multiple of this."""
     score_parts: ScoreParts = ScoreParts()
     """Parts of the mama score, for ablations."""
 
@@ -279,6 +303,30 @@ class EvaluateConfig(_Section):
     """Completions shown in the report."""
     max_new_tokens: int = Field(16, ge=1)
     """Longest completion, in tokens."""
+    completions: Literal["teacher", "answers"] = "teacher"
+    """Text of perplexity and KL: the teacher's greedy completions of the held-out prompts, or the
+    task's answers to them."""
+    text_path: Name | None = None
+    """Text file, or JSON lines with a column text, for a perplexity out of the task's domain."""
+    text_seq_len: int = Field(512, ge=2)
+    """Tokens the model sees at once there."""
+    text_stride: int = Field(256, ge=1)
+    """Tokens scored of each such window; the others are context."""
+
+
+class SweepConfig(_Section):
+    """Many one-shot students side by side: rows x levels x seeds."""
+
+    rows: dict[Name, dict[str, Any]] = {}
+    """Label of a row to keys of section prune that differ from the config's own."""
+    levels: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.5, 0.7, 0.9], min_length=1)
+    """Values of prune.sparsity; an N:M row has only its own."""
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field([42, 1, 2], min_length=1)
+    """Values of run.seed: other calibration rows, other training data, the same test rows."""
+    recover_levels: list[float] = []
+    """Levels at which each student is trained too, by section distill with its mask fixed."""
+    headline: Name | None = None
+    """Row that all others are compared with; null is the first."""
 
 
 class Config(_Section):
@@ -296,3 +344,29 @@ class Config(_Section):
     movement: MovementConfig = MovementConfig()
     refine: RefineConfig = RefineConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    sweep: SweepConfig = SweepConfig()
+
+    @property
+    def moves_mask(self) -> bool:
+        """Whether refinement, in the stages that refine, changes the mask that pruning left."""
+        refine = self.refine
+        return (
+            refine.start_sparsity not in (None, self.prune.sparsity)
+            or refine.regrow_fraction > 0
+            or refine.score != "magnitude"
+        )
+
+
+def sweep_row(config: Config, label: str, sparsity: float | None = None) -> PruneConfig:
+    """The section `prune` of one row of a sweep.
+
+    Args:
+        config: Gives what the row leaves open.
+        label: The row's.
+        sparsity: Instead of `prune.sparsity`.
+
+    Raises:
+        pydantic.ValidationError: The row has an unknown key or a wrong value.
+    """
+    values = config.prune.model_dump() | config.sweep.rows[label]
+    return PruneConfig(**values if sparsity is None else values | {"sparsity": sparsity})

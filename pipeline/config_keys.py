@@ -88,6 +88,8 @@ def _type_words(annotation: Any) -> str:
         return _type_words(arguments[0])
     if get_origin(annotation) is list:
         return f"list of {_type_words(arguments[0])}"
+    if get_origin(annotation) is dict:
+        return "mapping"
     return " or ".join(_type_words(argument) for argument in arguments)
 
 

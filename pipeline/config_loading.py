@@ -180,9 +180,11 @@ def _names(detail: ErrorDetails) -> tuple[str, ...]:
 
 def _value_fault(detail: ErrorDetails) -> Fault:
     """A pydantic error in our words."""
-    key = ".".join(_names(detail))
-    index = "".join(f"[{part}]" for part in detail["loc"] if isinstance(part, int))
-    field, value = own_fields()[key], detail["input"]
+    fields, names = own_fields(), _names(detail)
+    key = next(k for n in range(len(names), 0, -1) if (k := ".".join(names[:n])) in fields)
+    inside = detail["loc"][key.count(".") + 1 :]
+    index = "".join(f"[{part}]" for part in inside)
+    field, value = fields[key], detail["input"]
     why = re.sub(r"^\w+ should ", "must ", detail["msg"])
     near = difflib.get_close_matches(str(value), choices(field.annotation), n=1)
     remedy = f"set {near[0] if near else describe_type(field)} instead"

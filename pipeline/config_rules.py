@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config import Config
+from pydantic import ValidationError
+
+from pipeline.config import Config, sweep_row
+from pipeline.prune_rules import STRUCTURED, contradictions
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,9 @@ def cross_faults(config: Config) -> list[Fault]:
         _teacher_term_faults,
         _sparsity_faults,
         _pattern_faults,
-        _sparsegpt_faults,
+        _method_faults,
+        _text_faults,
+        _sweep_faults,
         _engine_faults,
     )
     return [fault for rule in rules for fault in rule(config)]
@@ -148,7 +153,7 @@ def _sparsity_faults(config: Config) -> Iterator[Fault]:
 
 def _pattern_faults(config: Config) -> Iterator[Fault]:
     """N:M has one sparsity, and no refinement keeps its pattern."""
-    scope, refine = config.prune.scope, config.refine
+    scope = config.prune.scope
     if scope is None or ":" not in scope:
         return
     kept, length = map(int, scope.split(":"))
@@ -161,45 +166,138 @@ def _pattern_faults(config: Config) -> Iterator[Fault]:
             f"set {fixed:.6g} instead",
             ("prune.scope",),
         )
-    elif refine.start_sparsity not in (None, config.prune.sparsity):
+    yield from _fixed_mask_faults(config, f"prune.scope, {scope}", "prune.scope")
+
+
+def _fixed_mask_faults(config: Config, pattern: str, key: str) -> Iterator[Fault]:
+    """No schedule and no refinement keeps a pattern of more than single weights."""
+    refine = config.refine
+    if refine.start_sparsity not in (None, config.prune.sparsity):
         yield Fault(
             "refine.start_sparsity",
             refine.start_sparsity,
-            f"prune.scope {scope} has no other sparsity than {fixed:.6g}",
+            f"the way to prune.sparsity would not keep the pattern of {pattern}",
             "set null instead",
-            ("prune.scope", "prune.sparsity"),
+            (key, "prune.sparsity"),
         )
     refined = [stage for stage in config.run.stages if stage in refine.stages]
-    if refine.regrow_fraction > 0 and refined:
+    for name, fixed in (("regrow_fraction", 0.0), ("score", "magnitude")):
+        value = getattr(refine, name)
+        if value != fixed and refined:
+            yield Fault(
+                f"refine.{name}",
+                value,
+                f"refinement in {refined[0]} would not keep the pattern of {pattern}",
+                f"set {fixed or 0} instead",
+                (key, "run.stages", "refine.stages"),
+            )
+
+
+def _method_faults(config: Config) -> Iterator[Fault]:
+    """What the one-shot method does not go with."""
+    prune = config.prune
+    for key, value, why, remedy in contradictions(
+        prune.method, prune.scope, prune.redistribution, prune.allocation
+    ):
+        yield Fault(f"prune.{key}", value, why, remedy, ("prune.method", "prune.scope"))
+    if not any(prune.score_parts.model_dump().values()):
         yield Fault(
-            "refine.regrow_fraction",
-            refine.regrow_fraction,
-            f"refinement in {refined[0]} would not keep the pattern of prune.scope, {scope}",
-            "set 0 instead",
-            ("prune.scope", "run.stages", "refine.stages"),
+            "prune.score_parts",
+            prune.score_parts.model_dump(),
+            "nothing is left to score by",
+            "set one of magnitude, activation and movement to true instead",
+        )
+    if prune.method in STRUCTURED:
+        yield from _fixed_mask_faults(config, f"prune.method, {prune.method}", "prune.method")
+    refined = config.moves_mask and set(config.run.stages) & set(config.refine.stages)
+    if prune.allocation != "uniform" and refined and config.refine.scope != "model":
+        yield Fault(
+            "refine.scope",
+            config.refine.scope,
+            f"would level the rates that prune.allocation, {prune.allocation}, chose",
+            "set model, or refine.stages: [], instead",
+            ("prune.allocation", "refine.stages"),
         )
 
 
-def _sparsegpt_faults(config: Config) -> Iterator[Fault]:
-    """What SparseGPT, which redistributes by itself inside a matrix, does not go with."""
-    if config.prune.method != "sparsegpt":
+def _text_faults(config: Config) -> Iterator[Fault]:
+    """What reading plain text needs."""
+    if config.calibration.source == "text" and config.calibration.text_path is None:
+        yield Fault(
+            "calibration.text_path",
+            None,
+            "calibration.source is text",
+            "set a text file, or another calibration.source, instead",
+            ("calibration.source",),
+        )
+    if config.evaluate.text_stride >= config.evaluate.text_seq_len:
+        yield Fault(
+            "evaluate.text_stride",
+            config.evaluate.text_stride,
+            "leaves no context in windows of evaluate.text_seq_len, "
+            f"{config.evaluate.text_seq_len}",
+            f"set {config.evaluate.text_seq_len - 1} or less instead",
+            ("evaluate.text_seq_len",),
+        )
+
+
+def _sweep_faults(config: Config) -> Iterator[Fault]:
+    """A sweep has rows that `prune` accepts, and runs alone."""
+    sweep, stages = config.sweep, config.run.stages
+    if "sweep" not in stages:
         return
-    for key, value, why, remedy in (
-        (
-            "scope",
-            "model",
-            "sparsegpt's scores mean something within a matrix only",
-            "set matrix, row or N:M instead",
-        ),
-        (
-            "redistribution",
-            "proportional",
-            "sparsegpt moves pruned weights itself",
-            "set none, or least_squares on its mask, instead",
-        ),
+    if len(stages) > 1:
+        yield Fault("run.stages", stages, "sweep runs alone", "set [sweep] instead")
+    if not sweep.rows:
+        yield Fault(
+            "sweep.rows",
+            {},
+            "there is nothing to compare",
+            "set rows such as in configs/sweep.yaml",
+        )
+    for label in sweep.rows:
+        yield from _row_faults(config, label)
+    if sweep.headline is not None and sweep.headline not in sweep.rows:
+        yield Fault(
+            "sweep.headline",
+            sweep.headline,
+            "is no row",
+            f"set one of {', '.join(sweep.rows)} instead",
+            ("sweep.rows",),
+        )
+    missing = [level for level in sweep.recover_levels if level not in sweep.levels]
+    if missing:
+        yield Fault(
+            "sweep.recover_levels",
+            missing,
+            "not among sweep.levels",
+            "add them there",
+            ("sweep.levels",),
+        )
+    if sweep.recover_levels and config.distill.trl_values.get("max_steps", 0) < 1:
+        yield Fault(
+            "distill.max_steps",
+            config.distill.trl_values.get("max_steps"),
+            "sweep.recover_levels trains every student for the same number of steps",
+            "set 1 or more instead",
+            ("sweep.recover_levels",),
+        )
+
+
+def _row_faults(config: Config, label: str) -> Iterator[Fault]:
+    """What is wrong with one row of a sweep."""
+    key = f"sweep.rows.{label}"
+    try:
+        prune = sweep_row(config, label)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            name = ".".join(map(str, detail["loc"]))
+            yield Fault(f"{key}.{name}", detail["input"], detail["msg"], "see --help for prune")
+        return
+    for name, value, why, remedy in contradictions(
+        prune.method, prune.scope, prune.redistribution, prune.allocation
     ):
-        if getattr(config.prune, key) == value:
-            yield Fault(f"prune.{key}", value, why, remedy, ("prune.method",))
+        yield Fault(f"{key}.{name}", value, why, remedy, ("prune.method", "prune.scope"))
 
 
 def _engine_faults(config: Config) -> Iterator[Fault]:

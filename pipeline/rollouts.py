@@ -22,6 +22,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from pipeline.errors import UserError
 
 PROGRESS_DELAY_SECONDS = 2.0
+ATTEMPTS = 4
+"""Completions sampled for a row until one is right."""
 
 
 class PromptAndAnswer(Protocol):
@@ -154,6 +156,49 @@ def sample_rollouts(
         )
         for i, completion, text in zip(picked, completions, texts, strict=True)
     ]
+
+
+def sample_verified_rollouts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[PromptAndAnswer],
+    encode: Callable[[str], list[int]],
+    verifier: Callable[[str, str], float],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    temperature: float,
+    seed: int,
+    progress: str | None = None,
+) -> list[Rollout]:
+    """Sample one right completion for each row, trying `ATTEMPTS` times where it is wrong.
+
+    Arguments as in `sample_rollouts`; greedy decoding has one attempt.
+
+    Returns:
+        Rollouts of reward 1 or more in the order of the rows; rows that no attempt got right are
+        missing.
+    """
+    found: dict[int, Rollout] = {}
+    for attempt in range(ATTEMPTS if temperature > 0 else 1):
+        missing = [index for index in range(len(rows)) if index not in found]
+        if not missing:
+            break
+        rollouts = sample_rollouts(
+            model,
+            tokenizer,
+            [rows[index] for index in missing],
+            encode,
+            verifier,
+            num_rollouts=len(missing),
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            temperature=temperature,
+            seed=seed + attempt,
+            progress=progress,
+        )
+        found |= {i: r for i, r in zip(missing, rollouts, strict=True) if r.reward >= 1}
+    return [found[index] for index in sorted(found)]
 
 
 def save_rollouts(path: str | Path, rollouts: Sequence[Rollout], provenance: dict) -> None:

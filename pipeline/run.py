@@ -33,13 +33,13 @@ from pipeline.config_loading import to_yaml
 from pipeline.errors import UserError
 from pipeline.models.loading import resolve_model
 from pipeline.ranks import is_main, join_ranks, on_main
-from pipeline.stages import distill, evaluate, grpo, prune
-from pipeline.stages.inputs import TaskInputs, check_teacher, open_task
+from pipeline.stages import distill, evaluate, grpo, prune, sweep
+from pipeline.stages.inputs import TaskInputs, check_teacher, model_fingerprint, open_task
 from pipeline.stages.training import end_step, max_steps, refining_stages
 from pipeline.training.arguments import check_trl_values
 from pipeline.training.checkpoint import MARKER_FILE
 
-ON_RANK_0 = {"prune": prune.run, "evaluate": evaluate.run}
+ON_RANK_0 = {"prune": prune.run, "evaluate": evaluate.run, "sweep": sweep.run}
 ON_EVERY_RANK = {"distill": distill.run, "grpo": grpo.run}
 
 SECTIONS_READ = {
@@ -47,6 +47,7 @@ SECTIONS_READ = {
     "distill": ("teacher", "task", "distill", "movement", "refine"),
     "grpo": ("teacher", "task", "grpo", "rewards", "movement", "refine"),
     "evaluate": ("student", "teacher", "task", "evaluate"),
+    "sweep": ("student", "teacher", "task", "calibration", "prune", "distill", "evaluate", "sweep"),
 }
 """Config sections whose keys are inputs of a stage."""
 
@@ -55,6 +56,7 @@ KEYS_READ = {
     "distill": (("prune", "sparsity"), ("evaluate", "max_new_tokens")),
     "grpo": (("prune", "sparsity"),),
     "evaluate": (("prune", "sparsity"),),
+    "sweep": (),
 }
 """Single keys of other sections that are inputs too."""
 
@@ -162,9 +164,9 @@ def stage_inputs(stage: str, config: Config, folder: RunFolder) -> dict[str, Any
                 keys[name] = value
     for section, key in KEYS_READ[stage]:
         keys[f"{section}.{key}"] = getattr(getattr(config, section), key)
-    if stage == "prune":
+    if stage in ("prune", "sweep"):
         for role in ("student", "teacher"):
-            keys[f"files of {role}.path"] = _model_fingerprint(getattr(config, role).path)
+            keys[f"files of {role}.path"] = model_fingerprint(getattr(config, role).path)
     earlier = STAGES[: STAGES.index(stage)]
     keys["files of earlier stages"] = {
         name: (folder.record(name) or {}).get("outputs") for name in earlier if folder.is_done(name)
@@ -208,9 +210,11 @@ def _settle(config: Config, folder: RunFolder, resume: str) -> None:
 def _comparable(inputs: dict[str, Any], stage: str, done: bool) -> dict[str, Any]:
     """Inputs whose change is a conflict.
 
-    `max_steps` of an unfinished stage may be raised, and a report is made anew when a stage before
-    it has run since.
+    `max_steps` of an unfinished stage may be raised, a report is made anew when a stage before it
+    has run since, and a sweep knows which of its cells a change concerns.
     """
+    if stage == "sweep":
+        return {}
     ignored = {f"{stage}.max_steps"} if not done else set()
     if stage == "evaluate":
         ignored.add("files of earlier stages")
@@ -258,15 +262,6 @@ def open_inputs(config: Config) -> TaskInputs:
     if config.run.stages != ["evaluate"]:
         check_teacher(config, inputs.tokenizer)
     return inputs
-
-
-def _model_fingerprint(path: str) -> dict[str, str] | str:
-    """Hashes of a local model's files; a Hub id stands for itself with its revision."""
-    folder = Path(resolve_model(path, "student.path"))
-    if not folder.is_dir():
-        return path
-    files = [*folder.glob("*.safetensors"), *folder.glob("*.json")]
-    return {file.name: hash_file(file) for file in sorted(files)}
 
 
 def _hashes(folder: Path) -> dict[str, str]:

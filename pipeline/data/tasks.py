@@ -87,12 +87,13 @@ def load_task(
         num_calibration: Calibration rows at most.
         num_probe: Probe rows at most.
         num_test: Test rows at most. Fewer are returned where fewer exist.
-        seed: Of the bundled train, calibration and probe rows. Test rows, and all rows that are
-            read, are the same for every seed, so that two runs answer the same held-out prompts.
+        seed: Of the bundled train, calibration and probe rows, and of which calibration rows are
+            taken of those that were read. Test rows are the same for every seed, so that two runs
+            answer the same held-out prompts.
 
     Returns:
-        The four splits. Rows that were read stand in file order in train, in the order of their
-        hash elsewhere.
+        The four splits. Rows that were read stand in file order in train, in the order of a hash
+        elsewhere.
 
     Raises:
         UserError: The source is missing, unreadable or gated, a line or a column is wrong, or a
@@ -115,7 +116,7 @@ def load_task(
             "to a file with one JSON object per line, to a Hub id such as openai/gsm8k, or to "
             "bundled."
         )
-    return _split(path, pool, held_out, counts)
+    return _split(path, pool, held_out, counts, seed)
 
 
 def _hash(prompt: str) -> int:
@@ -138,6 +139,7 @@ def _split(
     pool: Iterable[tuple[str, str]],
     held_out: Iterable[tuple[str, str]],
     counts: dict[str, int],
+    seed: int,
 ) -> Task:
     """Put every distinct prompt into one split and keep the first `counts` of each."""
     pooled, test = _by_prompt(pool), _by_prompt(held_out)
@@ -155,7 +157,8 @@ def _split(
             "and 5 % to probe. Give it more rows: with 200 a split hardly ever stays empty."
         )
     for split, count in counts.items():
-        splits[split] = sorted(splits[split], key=lambda row: _hash(row.prompt))[:count]
+        salt = f"{seed} " if split == "calibration" else ""
+        splits[split] = sorted(splits[split], key=lambda row: _hash(salt + row.prompt))[:count]
     return Task(name=path, **splits)
 
 

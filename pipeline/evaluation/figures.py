@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 BLUE, ORANGE, SKY, GREY = "#0072B2", "#D55E00", "#56B4E9", "#7F7F7F"
+GREEN, PURPLE, AMBER, BLACK = "#009E73", "#CC79A7", "#E69F00", "#000000"
 WIDTH_INCHES, DOTS_PER_INCH = 8.0, 125
 TITLE_CHARACTERS = 84
 

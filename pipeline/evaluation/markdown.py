@@ -83,8 +83,14 @@ def _notes(report: Report) -> list[str]:
         )
     if "kl_to_teacher" in report:
         notes.append(
-            "KL(teacher || model): nats per token of the teacher's own greedy completions. Top-1 "
-            "as teacher: share of those tokens where both rank the same one first."
+            "KL(teacher || model): nats per token of the same text. Top-1 as teacher: share of "
+            "those tokens where both rank the same one first."
+        )
+    if "text_perplexity" in report:
+        text = report["text_perplexity"]
+        notes.append(
+            f"Text perplexity: per token of {text['on']}; {text['num_tokens']:,} tokens in windows "
+            f"of {text['seq_len']:,}."
         )
     per_layer = report["sparsity"]["per_layer"].values()
     if per_layer:

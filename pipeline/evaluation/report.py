@@ -35,6 +35,8 @@ class Measurements:
     perplexity: Perplexity | None = None
     agreement: Agreement | None = None
     """With the teacher, which has none with itself."""
+    text_perplexity: Perplexity | None = None
+    """On a text file, out of the task's domain."""
 
 
 def build_report(
@@ -44,6 +46,7 @@ def build_report(
     per_layer_sparsity: Mapping[str, float],
     target_sparsity: float | None = None,
     perplexity_on: str | None = None,
+    text_path: str | None = None,
     refinement: Sequence[Mapping[str, Any]] | None = None,
     timing: Mapping[str, float] | None = None,
     peak_memory_bytes: int | None = None,
@@ -61,6 +64,7 @@ def build_report(
         per_layer_sparsity: The same for each weight by name.
         target_sparsity: What was asked for.
         perplexity_on: The text behind the perplexities, in words.
+        text_path: The file behind the text perplexities.
         refinement: One entry for each refinement step: stage, step, target, pruned, regrown,
             survived (of all that ever regrew), accepted, reward_before, reward_after.
         timing: Stage to seconds.
@@ -82,6 +86,7 @@ def build_report(
         ),
         "accuracy": _accuracy(_by_model(measured, "accuracy")),
         "perplexity": _perplexity(_by_model(measured, "perplexity"), perplexity_on),
+        "text_perplexity": _perplexity(_by_model(measured, "text_perplexity"), text_path),
         "kl_to_teacher": {
             name: agreement.kl for name, agreement in _by_model(measured, "agreement").items()
         },

@@ -53,30 +53,21 @@ class RunDescription:
 
 def model_table(report: Report) -> list[list[str]]:
     """Header and one row of text for each model of which anything was measured."""
-    header = [
-        "model",
-        "accuracy [95 % interval]",
-        "perplexity",
-        "KL to teacher",
-        "top-1 as teacher",
-    ]
-    parts = [
-        report.get(key, {})
-        for key in ("accuracy", "perplexity", "kl_to_teacher", "top1_with_teacher")
-    ]
-    accuracy, perplexity, kl, top1 = parts
+    columns = {
+        "accuracy [95 % interval]": ("accuracy", _accuracy_cell),
+        "perplexity": ("perplexity", _number_cell),
+        "KL to teacher": ("kl_to_teacher", _number_cell),
+        "top-1 as teacher": ("top1_with_teacher", _percent_cell),
+    }
+    if "text_perplexity" in report:
+        columns["text perplexity"] = ("text_perplexity", _number_cell)
+    parts = [report.get(key, {}) for key, _ in columns.values()]
     rows = [
-        [
-            name,
-            _accuracy_cell(accuracy, name),
-            _number_cell(perplexity, name),
-            _number_cell(kl, name),
-            percent(top1[name]) if name in top1 else NOT_MEASURED,
-        ]
+        [name, *(cell(report.get(key, {}), name) for key, cell in columns.values())]
         for name in MODELS
         if any(name in part for part in parts)
     ]
-    return [header, *rows]
+    return [["model", *columns], *rows]
 
 
 def _accuracy_cell(accuracy: Mapping[str, Any], name: str) -> str:
@@ -90,6 +81,10 @@ def _number_cell(values: Mapping[str, float | None], name: str) -> str:
     if name not in values:
         return NOT_MEASURED
     return "not finite" if values[name] is None else number(values[name])
+
+
+def _percent_cell(values: Mapping[str, float], name: str) -> str:
+    return percent(values[name]) if name in values else NOT_MEASURED
 
 
 def key_facts(report: Report) -> list[str]:

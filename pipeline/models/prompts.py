@@ -30,3 +30,9 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     return tokenizer.apply_chat_template(
         prompt, add_generation_prompt=True, return_dict=True, **CHAT_TEMPLATE_ARGUMENTS
     )["input_ids"]
+
+
+def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
+    """Token ids of a reference answer as a completion, the end token included."""
+    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    return [*ids, tokenizer.eos_token_id]

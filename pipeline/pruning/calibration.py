@@ -3,17 +3,18 @@
 The *pruned* stream is what the model computes so far, all earlier linear layers pruned. A second,
 *dense* stream, what the untouched model computes, runs beside it only where something needs it. For
 a linear layer with inputs X_p and X_d (tokens, in) of the two streams a method gets the norms of
-X_p's channels (enough for a score), X_pᵀ X_p (for SparseGPT) and X_pᵀ X_d (for a redistribution
-against the dense output X_d Wᵀ), as much of it as it asks for. Inside a decoder layer the order is
-q, k, v, then o, then gate, up, then down, each group seeing the groups before it pruned. Padding is
-left out. Only one group's statistics exist at a time, and each stream costs one forward pass.
+X_p's channels (enough for a score), X_pᵀ X_p (for SparseGPT) and X_pᵀ X_d with both means (for a
+redistribution against the dense output X_d Wᵀ), as much of it as it asks for. Inside a decoder
+layer the order is q, k, v, then o, then gate, up, then down, each group seeing the groups before it
+pruned. Padding is left out. Only one group's statistics exist at a time, and each stream costs one
+forward pass.
 
 Left out: moving hidden states or layers off the model's device, and several processes.
 """
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import repeat
 
@@ -45,11 +46,27 @@ class InputStatistics:
     """(in, in) X_pᵀ X_p, summed over tokens."""
     cross_moment: torch.Tensor | None = None
     """(in, in) X_pᵀ X_d, summed over tokens; row: pruned stream, column: dense stream."""
+    pruned_mean: torch.Tensor | None = None
+    """(in,) mean over the tokens of the pruned stream; comes with the cross moment."""
+    dense_mean: torch.Tensor | None = None
+    """(in,) the same of the dense stream."""
+    num_tokens: int = 0
+    """Tokens behind the sums; comes with the cross moment."""
 
     @cached_property
     def inverse_factor(self) -> torch.Tensor:
         """(in, in) U with UᵀU = H⁻¹, see `hessian.py`; modules that share an input share it."""
         return inverse_factor(damped_hessian(self.second_moment))
+
+    @cached_property
+    def centred(self) -> "InputStatistics":
+        """The same with the moments about the means: what is left to weights beside a free bias."""
+        outer = self.num_tokens * self.pruned_mean[:, None]
+        return replace(
+            self,
+            second_moment=self.second_moment - outer * self.pruned_mean,
+            cross_moment=self.cross_moment - outer * self.dense_mean,
+        )
 
 
 @dataclass
@@ -160,6 +177,7 @@ def _input_statistics(
     Products are taken in fp32 (fp64 for a fp64 model) per batch and added up in fp64.
     """
     square_sum, second_moment, cross_moment = 0.0, 0.0, 0.0
+    pruned_sum, dense_sum, num_tokens = 0.0, 0.0, 0
     for stream, (pruned, dense) in zip(streams, map(next, steps), strict=True):
         pruned = _tokens(pruned, stream)
         if needs == "input_norm":
@@ -167,14 +185,18 @@ def _input_statistics(
             continue
         second_moment = second_moment + (pruned.T @ pruned).double()
         if needs == "cross_moment":
-            cross_moment = cross_moment + (pruned.T @ _tokens(dense, stream)).double()
+            dense = _tokens(dense, stream)
+            cross_moment = cross_moment + (pruned.T @ dense).double()
+            pruned_sum = pruned_sum + pruned.double().sum(0)
+            dense_sum = dense_sum + dense.double().sum(0)
+            num_tokens += len(pruned)
     if needs == "input_norm":
         return InputStatistics(square_sum.sqrt())
-    return InputStatistics(
-        second_moment.diagonal().sqrt(),
-        second_moment,
-        cross_moment if needs == "cross_moment" else None,
-    )
+    norm = second_moment.diagonal().sqrt()
+    if needs == "second_moment":
+        return InputStatistics(norm, second_moment)
+    means = pruned_sum / num_tokens, dense_sum / num_tokens
+    return InputStatistics(norm, second_moment, cross_moment, *means, num_tokens)
 
 
 def _tokens(inputs: torch.Tensor, stream: _Stream) -> torch.Tensor:

@@ -4,7 +4,8 @@
 
 - ||X_j||_2 is the norm of input channel j over the calibration tokens. Power 1 is the score of
   Wanda (Sun et al. 2023, arXiv 2306.11695), power 0.5 that of RIA (Zhang et al. 2024,
-  "Plug-and-Play", ICLR). Without activation the first term is rank(|W_ij|).
+  "Plug-and-Play", ICLR). Without activation the first term is rank(|W_ij|), without magnitude
+  rank(||X_j||_2), without both it is left out.
 - M_ij is the calibration movement, |g*w| summed over sequences (`calibration_movement.py`). Without
   movement the second term is left out.
 
@@ -17,6 +18,7 @@ KL to the dense model at 0.9 and 0.95, nats per token, mean of three calibration
 3.24; power and weight 1: 0.42 and 3.31.
 """
 
+import torch
 from torch import Tensor
 
 from pipeline.pruning.magnitude import magnitude_score
@@ -31,6 +33,7 @@ def mama_scores(
     weights: dict[str, Tensor],
     input_norms: dict[str, Tensor] | None,
     movement: dict[str, Tensor] | None,
+    magnitude: bool = True,
 ) -> dict[str, Tensor]:
     """Scores of weights that compete with each other. High = keep.
 
@@ -38,11 +41,18 @@ def mama_scores(
         weights: Name to (out, in) dense weight.
         input_norms: Name to (in,) L2 norms of the input channels; None switches activation off.
         movement: Name to (out, in) calibration movement; None switches movement off.
+        magnitude: False switches magnitude off; at least one of the three is on.
 
     Returns:
         Name to (out, in) fp32.
     """
-    scores = {name: magnitude_score(weight) for name, weight in weights.items()}
+    assert magnitude or input_norms is not None or movement is not None, "nothing to score by"
+    if not magnitude and input_norms is None:
+        return {name: movement[name] for name in weights}
+    scores = {
+        name: magnitude_score(weight) if magnitude else torch.ones_like(weight).float()
+        for name, weight in weights.items()
+    }
     if input_norms is not None:
         scores = {
             name: score * input_norms[name].pow(ACTIVATION_POWER).float()

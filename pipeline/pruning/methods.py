@@ -1,21 +1,24 @@
-"""One-shot pruning of a whole model: score, mask, redistribute.
+"""One-shot pruning of a whole model: share out the zeros, score, mask, redistribute.
 
-    method            score (high = keep)                             compared in   file
-    magnitude         |W|                                             matrix        magnitude.py
+    method            what is kept                                    compared in   file
+    magnitude         large |W|                                       matrix        magnitude.py
     negative_magnitude, random: controls                              matrix        magnitude.py
-    wanda             |W| * activation norm                           row           wanda.py
-    sparsegpt         W² / inverse Hessian, as compensated so far     matrix        sparsegpt.py
-    mama              magnitude, activation norm, movement            matrix        mama.py
+    wanda             large |W| * activation norm                     row           wanda.py
+    sparsegpt         large W² / inverse Hessian, as compensated      matrix        sparsegpt.py
+    alps              what ADMM keeps of the layer's least squares    matrix        alps.py
+    mama              by magnitude, activation norm, movement         matrix        mama.py
+    sdmprune          MLP channels by Taylor importance               model         sdmprune.py
+    block_entropy     blocks that raise the hidden state's entropy    model         block_entropy.py
 
 The third column is the default `scope`. Others: the whole `model`, an output `row`, or `N:M`, which
 keeps N of every M consecutive inputs of a row. Scores that need activations come from the already
 pruned earlier layers; when all matrices compete (`scope="model"`) every score must be known first,
-and comes from the dense model.
+and comes from the dense model. The last two methods are structured: they choose whole channels or
+blocks, so they reach only some sparsities, and the nearest one counts.
 
-Any method goes with any redistribution, but for SparseGPT, which has one of its own. Under `none`
-its compensated weights stand, as in the paper; under `least_squares` only its mask is used, and the
-kept weights are solved for from the dense ones ("SparseGPT mask + least squares"). `proportional`
-is refused, and so is the scope `model`, for SparseGPT's scores mean something within a matrix only.
+Any method goes with any redistribution, but for the solvers, SparseGPT and ALPS, which have one of
+their own (`matrix_pruner.py`): they refuse `proportional`, and the scope `model`, for their scores
+mean something within a matrix only.
 """
 
 from collections.abc import Sequence
@@ -26,21 +29,24 @@ from transformers.models.llama import LlamaForCausalLM
 
 from pipeline.errors import UserError
 from pipeline.models.prunable import apply_masks, prunable_weights
+from pipeline.prune_rules import STRUCTURED, contradictions
 from pipeline.pruning.batches import CalibrationBatch
+from pipeline.pruning.block_entropy import block_masks
 from pipeline.pruning.calibration import InputStatistics, calibrate
 from pipeline.pruning.calibration_movement import calibration_movement
-from pipeline.pruning.magnitude import magnitude_score, negative_magnitude_score, random_score
-from pipeline.pruning.mama import mama_scores
-from pipeline.pruning.redistribution import redistribute
-from pipeline.pruning.sparsegpt import sparsegpt_weight
-from pipeline.pruning.wanda import wanda_score
+from pipeline.pruning.criteria import CRITERIA, criterion_scores
+from pipeline.pruning.matrix_pruner import SOLVERS, MatrixPruner
+from pipeline.pruning.redistribution import balanced_bias, redistribute
+from pipeline.pruning.sdmprune import sdmprune_masks
 from pipeline.sparsity.groups import parse_n_m, run_length
 from pipeline.sparsity.threshold import masks_by_score
 
-METHODS = ("magnitude", "wanda", "sparsegpt", "mama", "random", "negative_magnitude")
+METHODS = (*CRITERIA, *SOLVERS, *STRUCTURED)
 SCOPES = ("matrix", "model", "row")
 """Where weights are compared, beside `N:M`."""
 REDISTRIBUTIONS = ("none", "proportional", "least_squares")
+ALLOCATIONS = ("uniform", "owl", "search")
+"""How the zeros are shared out among the matrices, where each has its own."""
 
 
 @torch.no_grad()
@@ -52,6 +58,10 @@ def prune_model(
     sparsity: float,
     scope: str | None = None,
     redistribution: str = "none",
+    allocation: str = "uniform",
+    search_evaluations: int = 64,
+    width_multiple: int = 32,
+    magnitude: bool = True,
     activation: bool = True,
     movement: bool = True,
     seed: int = 0,
@@ -64,123 +74,157 @@ def prune_model(
         batches: Calibration set; may be empty when neither score nor redistribution needs one.
         method: One of `METHODS`.
         sparsity: Fraction of zeros among the prunable weights, in [0, 1).
-        scope: `matrix` prunes each matrix to the target, `model` all of them together, `row` each
+        scope: `matrix` prunes each matrix to its rate, `model` all of them together, `row` each
             output row, `N:M`, such as 2:4, keeps N of every M consecutive inputs of a row and needs
-            sparsity 1 - N / M. None: `row` for wanda, `matrix` for the others.
+            sparsity 1 - N / M. None: the method's default.
         redistribution: One of `REDISTRIBUTIONS`.
+        allocation: One of `ALLOCATIONS`: the rate of each matrix, under scope `matrix` or `row`.
+        search_evaluations: Budget of `search`, see `allocation_search.py`.
+        width_multiple: Of the MLP width that `sdmprune` leaves.
+        magnitude: Whether `mama` uses the magnitude.
         activation: Whether `mama` uses activation norms.
         movement: Whether `mama` uses calibration movement.
-        seed: Of `random`.
+        seed: Of `random` and `search`.
         progress: Name of the progress bars, shown for what takes longer than a few seconds; None
             shows none.
 
     Returns:
         Weight name to (out, in) bool mask, True = kept, on the model's device. Zeros:
-        round(sparsity x elements) of each matrix, of all, or of each row; M - N of each group.
-        Pruned weights are exactly 0.
+        round(rate x elements) of each matrix, of all, or of each row; M - N of each group; whole
+        channels or blocks under a structured method. Pruned weights are exactly 0.
 
     Raises:
         UserError: An argument is outside its range, or the calibration set is unfit.
     """
-    scope = scope or ("row" if method == "wanda" else "matrix")
+    scope = scope or default_scope(method)
     weights = {name: weight.detach() for name, weight in prunable_weights(model).items()}
-    _check_arguments(method, sparsity, scope, redistribution, weights)
-    if method == "sparsegpt":
-        return _prune_by_sparsegpt(model, batches, sparsity, scope, redistribution, progress)
-    use_activation = method == "wanda" or (method == "mama" and activation)
-    use_movement = method == "mama" and movement
-    moved = calibration_movement(model, batches, progress) if use_movement else None
-
-    def masks_of(names: Sequence[str], norms: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        chosen = {name: weights[name] for name in names}
-        tie_break = {name: weight.abs() for name, weight in chosen.items()}
-        scores = _scores(method, chosen, norms, moved, seed)
-        return masks_by_score(scores, sparsity, scope, tie_break)
-
-    masks: dict[str, Tensor] = {}
-    if scope == "model" or not use_activation:
-        norms = _dense_input_norms(model, batches, progress) if use_activation else None
-        competing = [list(weights)] if scope == "model" else [[name] for name in weights]
-        for names in competing:
-            masks.update(masks_of(names, norms))
-
-    if masks and redistribution == "none":
-        apply_masks(model, masks)
+    _check_arguments(method, sparsity, scope, redistribution, allocation, weights)
+    pruner = MatrixPruner(
+        method,
+        scope,
+        redistribution,
+        magnitude,
+        activation,
+        calibration_movement(model, batches, progress) if method == "mama" and movement else None,
+        seed,
+    )
+    masks = None
+    if method == "sdmprune":
+        masks = sdmprune_masks(
+            model, batches, sparsity, width_multiple=width_multiple, progress=progress
+        )
+    elif method == "block_entropy":
+        masks = block_masks(model, batches, sparsity, progress=progress)
+    elif scope == "model":
+        masks = _masks_over_the_model(model, batches, pruner, weights, sparsity, progress)
+    if masks is not None:
+        _redistribute_under(model, batches, masks, redistribution, progress)
         return masks
 
-    def prune(name: str, module: nn.Linear, statistics: InputStatistics) -> None:
-        if name not in masks:
-            masks.update(masks_of([name], {name: statistics.input_norm}))
-        module.weight.copy_(redistribute(module.weight, masks[name], redistribution, statistics))
-
-    needs = "input_norm" if redistribution == "none" else "cross_moment"
-    calibrate(model, batches, prune, needs, progress)
-    return masks
+    rates = dict.fromkeys(weights, sparsity)
+    return _prune_by_matrix(model, batches, pruner, rates, progress)
 
 
-def _prune_by_sparsegpt(
+def default_scope(method: str) -> str:
+    """Where a method compares weights when nothing else is asked for."""
+    if method in STRUCTURED:
+        return "model"
+    return "row" if method == "wanda" else "matrix"
+
+
+def _prune_by_matrix(
     model: LlamaForCausalLM,
     batches: Sequence[CalibrationBatch],
-    sparsity: float,
-    scope: str,
-    redistribution: str,
+    pruner: MatrixPruner,
+    rates: dict[str, float],
     progress: str | None,
 ) -> dict[str, Tensor]:
-    """Prunes in place by SparseGPT, whose masks and weights come out together."""
+    """Prunes every matrix at its own rate, in place, first layer to last."""
     masks: dict[str, Tensor] = {}
 
-    def prune(name: str, module: nn.Linear, statistics: InputStatistics) -> None:
-        dense = module.weight
-        masks[name], new_weight = sparsegpt_weight(dense, statistics, sparsity, scope, name)
-        if redistribution != "none":
-            new_weight = redistribute(dense, masks[name], redistribution, statistics)
-        module.weight.copy_(new_weight)
+    def prune(name: str, module: nn.Linear, statistics: InputStatistics | None) -> None:
+        masks[name], new_weight = pruner(name, module, statistics, rates[name])
+        _replace_weight(module, new_weight, pruner.redistribution, statistics)
 
-    needs = "second_moment" if redistribution == "none" else "cross_moment"
-    calibrate(model, batches, prune, needs, progress)
+    if pruner.needs_calibration:
+        calibrate(model, batches, prune, pruner.needs, progress)
+    else:
+        for name in rates:
+            prune(name, model.get_submodule(name.removesuffix(".weight")), None)
     return masks
 
 
-def _scores(
-    method: str,
+def _masks_over_the_model(
+    model: LlamaForCausalLM,
+    batches: Sequence[CalibrationBatch],
+    pruner: MatrixPruner,
     weights: dict[str, Tensor],
-    input_norms: dict[str, Tensor] | None,
-    movement: dict[str, Tensor] | None,
-    seed: int,
+    sparsity: float,
+    progress: str | None,
 ) -> dict[str, Tensor]:
-    """Scores of weights that compete with each other, by method. High = keep."""
-    if method == "mama":
-        return mama_scores(weights, input_norms, movement)
-    if method == "wanda":
-        return {name: wanda_score(weight, input_norms[name]) for name, weight in weights.items()}
-    if method == "random":
-        return {name: random_score(weight, name, seed) for name, weight in weights.items()}
-    score = magnitude_score if method == "magnitude" else negative_magnitude_score
-    return {name: score(weight) for name, weight in weights.items()}
-
-
-def _dense_input_norms(
-    model: LlamaForCausalLM, batches: Sequence[CalibrationBatch], progress: str | None
-) -> dict[str, Tensor]:
-    """(in,) L2 norms of every prunable layer's input channels in the model as it is."""
-    norms: dict[str, Tensor] = {}
-    calibrate(
-        model,
-        batches,
-        lambda name, _, statistics: norms.update({name: statistics.input_norm}),
-        "input_norm",
-        progress,
+    """Masks of matrices that all compete with each other, scored on the dense model."""
+    norms: dict[str, Tensor] | None = None
+    if pruner.uses_activation:
+        norms = {}
+        calibrate(
+            model,
+            batches,
+            lambda name, _, statistics: norms.update({name: statistics.input_norm}),
+            "input_norm",
+            progress,
+        )
+    scores = criterion_scores(
+        pruner.method, weights, norms, pruner.movement, pruner.seed, pruner.magnitude
     )
-    return norms
+    tie_break = {name: weight.abs() for name, weight in weights.items()}
+    return masks_by_score(scores, sparsity, "model", tie_break)
+
+
+def _redistribute_under(
+    model: LlamaForCausalLM,
+    batches: Sequence[CalibrationBatch],
+    masks: dict[str, Tensor],
+    redistribution: str,
+    progress: str | None,
+) -> None:
+    """Redistributes and prunes in place under masks that are known."""
+    if redistribution == "none":
+        apply_masks(model, masks)
+        return
+
+    def prune(name: str, module: nn.Linear, statistics: InputStatistics) -> None:
+        used = statistics if module.bias is None else statistics.centred
+        new_weight = redistribute(module.weight, masks[name], redistribution, used)
+        _replace_weight(module, new_weight, redistribution, statistics)
+
+    calibrate(model, batches, prune, "cross_moment", progress)
+
+
+def _replace_weight(
+    module: nn.Linear,
+    new_weight: Tensor,
+    redistribution: str,
+    statistics: InputStatistics | None,
+) -> None:
+    """Puts a new weight into a linear layer; a bias takes part in the redistribution."""
+    if module.bias is not None and redistribution != "none":
+        module.bias.copy_(balanced_bias(module.bias, module.weight, new_weight, statistics))
+    module.weight.copy_(new_weight)
 
 
 def _check_arguments(
-    method: str, sparsity: float, scope: str, redistribution: str, weights: dict[str, Tensor]
+    method: str,
+    sparsity: float,
+    scope: str,
+    redistribution: str,
+    allocation: str,
+    weights: dict[str, Tensor],
 ) -> None:
     """Raises UserError for the first argument outside its range, or in contradiction to another."""
     for key, value, allowed in (
         ("method", method, METHODS),
         ("redistribution", redistribution, REDISTRIBUTIONS),
+        ("allocation", allocation, ALLOCATIONS),
     ):
         if value not in allowed:
             raise UserError(f"prune.{key}: {value!r} is unknown; set one of {', '.join(allowed)}")
@@ -191,18 +235,8 @@ def _check_arguments(
         )
     if scope not in SCOPES:
         _check_n_m(scope, sparsity, weights)
-    if method != "sparsegpt":
-        return
-    if scope == "model":
-        raise UserError(
-            "prune.scope: model: sparsegpt's scores mean something within a matrix only; set "
-            "matrix, row or N:M instead"
-        )
-    if redistribution == "proportional":
-        raise UserError(
-            "prune.redistribution: proportional: sparsegpt moves pruned weights itself; set none, "
-            "or least_squares on its mask, instead"
-        )
+    for key, value, why, remedy in contradictions(method, scope, redistribution, allocation):
+        raise UserError(f"prune.{key}: {value}: {why}; {remedy}")
 
 
 def _check_n_m(scope: str, sparsity: float, weights: dict[str, Tensor]) -> None:

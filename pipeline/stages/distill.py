@@ -12,12 +12,8 @@ from pipeline.artifacts import RunFolder
 from pipeline.config import Config
 from pipeline.ranks import on_main
 from pipeline.rollouts import Rollout
-from pipeline.stages.inputs import (
-    TaskInputs,
-    cached_rollouts,
-    open_student,
-    open_teacher,
-)
+from pipeline.stages.inputs import TaskInputs, open_student, open_teacher
+from pipeline.stages.teacher_rollouts import cached_rollouts
 from pipeline.stages.training import stage_sparsity, train
 from pipeline.training.arguments import distill_arguments
 from pipeline.training.distill_trainer import DistillTrainer

@@ -20,13 +20,13 @@ from pipeline.artifacts import (
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.evaluation.accuracy import AccuracyResult
+from pipeline.evaluation.completions import TokenPair
 from pipeline.evaluation.plots import plot_accuracy, plot_layer_sparsity, plot_perplexity
 from pipeline.evaluation.report import Measurements, Report, build_report, write_report
 from pipeline.evaluation.summary import RunDescription, Sample, terminal_summary
 from pipeline.evaluation.training_plots import movement_histogram, plot_movement, plot_training
 from pipeline.models.loading import load_model
 from pipeline.models.prunable import measured_sparsity
-from pipeline.rollouts import Rollout
 from pipeline.sparsity.storage import saved_movement
 from pipeline.stages.inputs import (
     TaskInputs,
@@ -37,10 +37,10 @@ from pipeline.stages.inputs import (
     stage_before,
 )
 from pipeline.stages.measure import (
-    PERPLEXITY_ON,
+    COMPLETIONS,
     from_json,
     measure,
-    teacher_answers,
+    reference_completions,
     to_json,
 )
 
@@ -49,8 +49,8 @@ logger = logging.getLogger(__name__)
 
 def run(config: Config, folder: RunFolder, inputs: TaskInputs, out: Path) -> None:
     """Measures, draws and reports."""
-    teacher, answers = _teacher(config, folder, inputs)
-    measured, student = _measure_all(config, folder, inputs, teacher, answers)
+    teacher, pairs = _teacher(config, folder, inputs)
+    measured, student = _measure_all(config, folder, inputs, teacher, pairs)
     write_json(out / "metrics.json", {name: to_json(value) for name, value in measured.items()})
     report = _report(config, folder, measured, student)
     description = RunDescription(
@@ -68,8 +68,8 @@ def run(config: Config, folder: RunFolder, inputs: TaskInputs, out: Path) -> Non
 
 def _teacher(
     config: Config, folder: RunFolder, inputs: TaskInputs
-) -> tuple[PreTrainedModel | None, list[Rollout] | None]:
-    """The teacher and its answers.
+) -> tuple[PreTrainedModel | None, list[TokenPair] | None]:
+    """The teacher, and the completions that all models are scored on.
 
     Without a trained student a teacher of another family is left out with a word, so that any
     model can be measured.
@@ -82,7 +82,7 @@ def _teacher(
         logger.warning("no comparison with the teacher: %s", error)
         return None, None
     teacher = open_teacher(config)
-    return teacher, teacher_answers(folder, config, teacher, inputs)
+    return teacher, reference_completions(folder, config, teacher, inputs)
 
 
 def _measure_all(
@@ -90,13 +90,13 @@ def _measure_all(
     folder: RunFolder,
     inputs: TaskInputs,
     teacher: PreTrainedModel | None,
-    answers: list[Rollout] | None,
+    pairs: list[TokenPair] | None,
 ) -> tuple[dict[str, Measurements], PreTrainedModel]:
     """Every model the run has, and the final student."""
     measured: dict[str, Measurements] = {}
 
     def add(name: str, model: PreTrainedModel, against: PreTrainedModel | None) -> None:
-        measured[name] = measure(name, model, config, inputs, against, answers)
+        measured[name] = measure(name, model, config, inputs, against, pairs)
 
     if teacher is not None:
         add("teacher", teacher, None)
@@ -136,7 +136,8 @@ def _report(
         measured_sparsity=sparsity,
         per_layer_sparsity=per_layer,
         target_sparsity=None if last is None else config.prune.sparsity,
-        perplexity_on=PERPLEXITY_ON,
+        perplexity_on=COMPLETIONS[config.evaluate.completions],
+        text_path=config.evaluate.text_path,
         refinement=_stage_files(folder, "refinements.json"),
         timing={name: r["seconds"] for name, r in records.items() if r and r["done"]},
         peak_memory_bytes=max(peaks, default=None),
@@ -189,7 +190,7 @@ def _draw(config: Config, folder: RunFolder, report: Report) -> dict[str, str]:
     }
     if perplexity:
         sentences["perplexity"] = plot_perplexity(
-            perplexity, on=PERPLEXITY_ON, path=plots / "perplexity.png"
+            perplexity, on=report["perplexity"]["on"], path=plots / "perplexity.png"
         )
     logs = {
         stage: json.loads((folder.stage(stage) / "log_history.json").read_text())

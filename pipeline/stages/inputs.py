@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.artifacts import RunFolder, replaced_folder
+from pipeline.artifacts import RunFolder, hash_file, replaced_folder
 from pipeline.config import Config
-from pipeline.data.tasks import Row, Task, load_task
+from pipeline.data.tasks import Task, load_task
 from pipeline.errors import UserError
-from pipeline.models.loading import check_same_tokenizer, load_model, load_tokenizer
+from pipeline.models.loading import check_same_tokenizer, load_model, load_tokenizer, resolve_model
 from pipeline.models.prompts import Prompt, encode_prompt, format_prompt
-from pipeline.rollouts import Rollout, load_rollouts, sample_rollouts, save_rollouts
 from rewards.correctness import Verifier, find_verifier
 
 TRAINED_STAGES = ("prune", "distill", "grpo")
@@ -111,6 +110,15 @@ def open_dense_student(config: Config) -> PreTrainedModel:
     ).to(device())
 
 
+def model_fingerprint(path: str) -> dict[str, str] | str:
+    """Hashes of a local model's files; a Hub id stands for itself with its revision."""
+    folder = Path(resolve_model(path, "student.path"))
+    if not folder.is_dir():
+        return path
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.json")]
+    return {file.name: hash_file(file) for file in sorted(files)}
+
+
 def stage_before(folder: RunFolder, stage: str) -> str | None:
     """The last finished stage before `stage` that left a student."""
     earlier = (
@@ -152,61 +160,3 @@ def save_model(
     with replaced_folder(out / "model") as temporary:
         model.save_pretrained(temporary, state_dict=state_dict)
         tokenizer.save_pretrained(temporary)
-
-
-def cached_rollouts(
-    folder: RunFolder,
-    name: str,
-    config: Config,
-    teacher: PreTrainedModel,
-    inputs: TaskInputs,
-    rows: list[Row],
-    *,
-    num_rollouts: int,
-    temperature: float,
-    max_new_tokens: int,
-    progress: str,
-) -> list[Rollout]:
-    """The teacher's completions from `rollouts/<name>.jsonl`, sampled where the file has others.
-
-    Args:
-        folder: The run folder.
-        name: File name without ending.
-        config: Says which teacher and task they come from.
-        teacher: Samples them.
-        inputs: Tokenizer, encoding and verifier.
-        rows: Prompts, used again from the start when all had their turn.
-        num_rollouts: How many completions.
-        temperature: 0 is greedy.
-        max_new_tokens: Longest completion.
-        progress: Name of the progress bar.
-    """
-    path = folder.root / "rollouts" / f"{name}.jsonl"
-    provenance = {
-        "teacher": config.teacher.model_dump(exclude={"micro_batch_size"}),
-        "task": config.task.model_dump(),
-        "seed": config.run.seed,
-        "num_rollouts": num_rollouts,
-        "temperature": temperature,
-        "max_new_tokens": max_new_tokens,
-    }
-    if path.exists():
-        found, rollouts = load_rollouts(path)
-        if found == provenance:
-            return rollouts
-    rollouts = sample_rollouts(
-        teacher,
-        inputs.tokenizer,
-        rows,
-        inputs.encode,
-        inputs.verifier,
-        num_rollouts=num_rollouts,
-        max_new_tokens=max_new_tokens,
-        batch_size=config.evaluate.batch_size,
-        temperature=temperature,
-        seed=config.run.seed,
-        progress=progress,
-    )
-    path.parent.mkdir(exist_ok=True)
-    save_rollouts(path, rollouts, provenance)
-    return rollouts

@@ -2,10 +2,12 @@
 
 `one_shot/` holds the mask at the final target and what that student can do, measured here, also
 when training starts less sparse (`refine.start_sparsity`). `model/` and `mask.safetensors` are what
-the next stage starts from.
+the next stage starts from. After `sdmprune`, `one_shot/model/` is the student with the pruned MLP
+channels cut out: dense, narrower, and the same in its answers.
 """
 
 import logging
+import time
 from pathlib import Path
 
 import torch
@@ -14,17 +16,18 @@ from transformers import PreTrainedModel
 from pipeline.artifacts import MASK_FILE, RunFolder, write_json
 from pipeline.config import Config
 from pipeline.models.prunable import measured_sparsity, prunable_weights
-from pipeline.pruning.batches import CalibrationBatch, calibration_batches
+from pipeline.pruning.batches import CalibrationBatch
 from pipeline.pruning.methods import prune_model
-from pipeline.rollouts import generate
+from pipeline.pruning.narrow import narrow_mlp
 from pipeline.sparsity.masks import save_masks
+from pipeline.stages.calibration import calibration_set
 from pipeline.stages.inputs import (
     TaskInputs,
     open_dense_student,
     open_teacher,
     save_model,
 )
-from pipeline.stages.measure import measure, teacher_answers, to_json
+from pipeline.stages.measure import measure, reference_completions, to_json
 
 logger = logging.getLogger(__name__)
 
@@ -33,20 +36,26 @@ def run(config: Config, folder: RunFolder, inputs: TaskInputs, out: Path) -> Non
     """Prunes once at the final target, measures that, and saves the start of training."""
     teacher = open_teacher(config)
     student = open_dense_student(config)
-    batches = _calibration(config, inputs, teacher)
+    batches = calibration_set(config, folder, inputs, teacher)
 
+    started = time.monotonic()
     masks = _prune(student, batches, config, config.prune.sparsity)
-    logger.info(
-        "prune: %s, sparsity %.4f counted in the weights",
-        config.prune.method,
-        measured_sparsity(student)[0],
-    )
+    seconds = time.monotonic() - started
+    sparsity = measured_sparsity(student)[0]
+    logger.info("prune: %s, sparsity %.4f counted in the weights", config.prune.method, sparsity)
     one_shot = out / "one_shot"
     one_shot.mkdir(parents=True, exist_ok=True)
     save_masks(one_shot / MASK_FILE, masks)
-    answers = teacher_answers(folder, config, teacher, inputs)
-    measurements = measure("pruned", student, config, inputs, teacher, answers)
-    write_json(one_shot / "metrics.json", to_json(measurements))
+    if config.prune.method == "sdmprune":
+        save_model(
+            narrow_mlp(student, width_multiple=config.prune.width_multiple),
+            inputs.tokenizer,
+            one_shot,
+        )
+    pairs = reference_completions(folder, config, teacher, inputs)
+    measurements = measure("pruned", student, config, inputs, teacher, pairs)
+    metrics = {"sparsity": sparsity, "prune_seconds": seconds, **to_json(measurements)}
+    write_json(one_shot / "metrics.json", metrics)
 
     start = config.refine.start_sparsity
     if start is not None and start != config.prune.sparsity:
@@ -54,35 +63,6 @@ def run(config: Config, folder: RunFolder, inputs: TaskInputs, out: Path) -> Non
         masks = _start_masks(student, batches, config, start)
     save_model(student, inputs.tokenizer, out)
     save_masks(out / MASK_FILE, masks)
-
-
-def _calibration(
-    config: Config, inputs: TaskInputs, teacher: PreTrainedModel
-) -> list[CalibrationBatch]:
-    """Calibration prompts with the task's answers or the teacher's greedy completions."""
-    rows = inputs.task.calibration
-    prompts = [inputs.encode(row.prompt) for row in rows]
-    if config.calibration.source == "teacher":
-        completions = generate(
-            teacher,
-            inputs.tokenizer,
-            prompts,
-            max_new_tokens=config.evaluate.max_new_tokens,
-            batch_size=config.calibration.batch_size,
-            progress="calibration completions",
-        )
-    else:
-        end = [inputs.tokenizer.eos_token_id]
-        completions = [
-            inputs.tokenizer(row.answer, add_special_tokens=False)["input_ids"] + end
-            for row in rows
-        ]
-    return calibration_batches(
-        prompts,
-        completions,
-        pad_token_id=inputs.tokenizer.pad_token_id,
-        batch_size=config.calibration.batch_size,
-    )
 
 
 def _prune(
@@ -96,6 +76,10 @@ def _prune(
         sparsity=sparsity,
         scope=values.scope,
         redistribution=values.redistribution,
+        allocation=values.allocation,
+        search_evaluations=values.search_evaluations,
+        width_multiple=values.width_multiple,
+        magnitude=values.score_parts.magnitude,
         activation=values.score_parts.activation,
         movement=values.score_parts.movement,
         seed=config.run.seed,

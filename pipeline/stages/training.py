@@ -82,13 +82,8 @@ def stage_sparsity(config: Config, folder: RunFolder, stage: str, source: Path) 
     """Schedule and rules of one stage, whose masks come from the folder `source`."""
     refine = config.refine
     start = config.prune.sparsity if refine.start_sparsity is None else refine.start_sparsity
-    moves = (
-        start != config.prune.sparsity
-        or refine.regrow_fraction > 0
-        or (refine.score != "magnitude")
-    )
     schedule = None
-    if stage in refining_stages(config) and moves:
+    if stage in refining_stages(config) and config.moves_mask:
         schedule = RefinementSchedule(
             start_sparsity=start,
             final_sparsity=config.prune.sparsity,

@@ -34,7 +34,14 @@ LEVELS = (  # imports run downwards only; rooms on one level do not know each ot
 )
 SAME_ROOM = {  # files of pipeline/ that belong to the room of config.py
     f"pipeline.{name}": "pipeline.config"
-    for name in ("config_keys", "config_loading", "config_rules", "config_yaml", "trl_keys")
+    for name in (
+        "config_keys",
+        "config_loading",
+        "config_rules",
+        "config_yaml",
+        "prune_rules",
+        "trl_keys",
+    )
 }
 ONLY_IN = {  # package: where it may be imported
     "trl": (

@@ -5,6 +5,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.models.prunable import prunable_weights
+from pipeline.prune_rules import STRUCTURED, contradictions
 from pipeline.pruning.batches import calibration_batches
 from pipeline.pruning.calibration import calibrate
 from pipeline.pruning.calibration_movement import calibration_movement
@@ -13,12 +14,13 @@ from pipeline.pruning.redistribution import redistribute
 from pipeline.pruning.sparsegpt import sparsegpt_weight
 from tests.unit.pruning_models import PAD, make_batches, make_model, make_rows
 
+SINGLE_WEIGHTS = [method for method in METHODS if method not in STRUCTURED]
 COMBINATIONS = [
     (method, redistribution, scope)
-    for method in METHODS
+    for method in SINGLE_WEIGHTS
     for redistribution in REDISTRIBUTIONS
     for scope in SCOPES
-    if method != "sparsegpt" or (redistribution != "proportional" and scope != "model")
+    if not list(contradictions(method, scope, redistribution, "uniform"))
 ]
 PAIRS = sorted({(method, redistribution) for method, redistribution, _ in COMBINATIONS})
 PARTS = [(True, True), (True, False), (False, True), (False, False)]
@@ -126,7 +128,7 @@ def test_the_dense_stream_runs_only_for_a_redistribution(method, redistribution)
     assert len(calls) == num_streams * len(batches)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SINGLE_WEIGHTS)
 def test_each_method_has_its_own_scope(method):
     scope = "row" if method == "wanda" else "matrix"
     arguments = {"method": method, "sparsity": 0.7}
@@ -136,7 +138,7 @@ def test_each_method_has_its_own_scope(method):
 
 
 @pytest.mark.parametrize("scope", ["matrix", "row"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SINGLE_WEIGHTS)
 def test_zeros_are_exact_when_all_weights_are_equal(method, scope):
     model = make_model()
     for weight in prunable_weights(model).values():
@@ -257,7 +259,7 @@ def test_least_squares_brings_the_outputs_closer_to_the_dense_model(changes):
             if name.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=0.5)
         dense_logits = logits_of(model, seed=1)
-        others = {n: p.clone() for n, p in model.named_parameters() if "proj.weight" not in n}
+        others = {n: p.clone() for n, p in model.named_parameters() if "proj." not in n}
         prune_model(
             model,
             make_batches(num_rows=60),
@@ -353,3 +355,31 @@ def test_bfloat16_model(method, redistribution):
     )
     assert all(weight.dtype == torch.bfloat16 for weight in weights_of(model).values())
     assert torch.equal(flat(weights_of(model)) != 0, flat(masks))
+
+
+@pytest.mark.parametrize("redistribution", REDISTRIBUTIONS)
+@pytest.mark.parametrize(("method", "sparsity"), [("sdmprune", 0.3), ("block_entropy", 0.4)])
+def test_structured_methods_take_whole_channels_or_blocks(method, sparsity, redistribution):
+    model = make_model(torch.float32)
+    masks = prune_model(
+        model,
+        make_batches(),
+        method=method,
+        sparsity=sparsity,
+        redistribution=redistribution,
+        width_multiple=8,
+    )
+    weights = weights_of(model)
+    assert torch.equal(flat(weights) != 0, flat(masks))
+    assert float((flat(weights) == 0).float().mean()) == pytest.approx(sparsity, abs=0.12)
+    for layer in range(2):
+        name = f"model.layers.{layer}.mlp.{{}}_proj.weight".format
+        gate, up, down = (masks[name(part)] for part in ("gate", "up", "down"))
+        assert torch.equal(gate, up) and torch.equal(gate, down.T)
+        assert all(row.all() or not row.any() for row in gate)
+
+
+@pytest.mark.parametrize("method", ["sdmprune", "block_entropy"])
+def test_structured_methods_choose_over_the_model(method):
+    with pytest.raises(UserError, match=f"prune.scope: matrix: {method} chooses"):
+        prune_model(make_model(), make_batches(), method=method, sparsity=0.3, scope="matrix")

@@ -10,7 +10,15 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.errors import UserError
-from pipeline.rollouts import Rollout, generate, load_rollouts, sample_rollouts, save_rollouts
+from pipeline.rollouts import (
+    ATTEMPTS,
+    Rollout,
+    generate,
+    load_rollouts,
+    sample_rollouts,
+    sample_verified_rollouts,
+    save_rollouts,
+)
 
 CHARACTERS = "0123456789+="
 PAD, END = 0, 1
@@ -189,3 +197,31 @@ def test_damaged_file_is_named(tmp_path):
         path.write_text("".join(damage))
         with pytest.raises(UserError, match=r"rollouts\.jsonl is damaged.*Delete it"):
             load_rollouts(path)
+
+
+def test_verified_rollouts_are_right_and_tried_several_times(model, tokenizer):
+    rows = [Row(f"{n}+", str(n % 7)) for n in range(60)]
+
+    def verifier(text, answer):
+        return float(answer in text)
+
+    arguments = {"max_new_tokens": 6, "batch_size": 16, "seed": 5, "temperature": 1.0}
+
+    def encode(text):
+        return tokenizer(text)["input_ids"]
+
+    once = sample_rollouts(model, tokenizer, rows, encode, verifier, num_rollouts=60, **arguments)
+    first = {r.prompt: r.completion_ids for r in once if r.reward >= 1}
+    found = sample_verified_rollouts(model, tokenizer, rows, encode, verifier, **arguments)
+    prompts = [rollout.prompt for rollout in found]
+    assert all(rollout.reward >= 1 for rollout in found)
+    assert prompts == sorted(prompts, key=[row.prompt for row in rows].index)
+    assert {p: r.completion_ids for p, r in zip(prompts, found, strict=True) if p in first} == first
+    assert len(first) < len(found) < len(rows), "the row set must leave something to every attempt"
+    right_once = len(first) / len(rows)
+    expected = 1 - (1 - right_once) ** ATTEMPTS
+    assert len(found) / len(rows) == pytest.approx(expected, abs=0.25)
+    greedy = {**arguments, "temperature": 0.0}
+    again = sample_verified_rollouts(model, tokenizer, rows, encode, verifier, **greedy)
+    plain = sample_rollouts(model, tokenizer, rows, encode, verifier, num_rollouts=60, **greedy)
+    assert again == [rollout for rollout in plain if rollout.reward >= 1]

@@ -70,13 +70,20 @@ def test_file_is_split_without_overlap_and_without_duplicates(tmp_path):
     assert all(row.answer in row.prompt for row in task.test)
 
 
-def test_limits_seed_and_order_of_lines_leave_test_rows_alone(tmp_path):
+def test_limits_seed_and_order_of_lines_leave_held_out_rows_alone(tmp_path):
     task = load(write_lines(tmp_path / "task.jsonl", rows(range(400))), seed=0)
     other = load(write_lines(tmp_path / "turned.jsonl", rows(range(399, -1, -1))), seed=1, num=9)
     assert other.test == task.test[:9]
     assert other.probe == task.probe[:9]
-    assert other.calibration == task.calibration[:9]
     assert other.train == task.train[::-1]
+
+
+def test_seed_draws_calibration_rows_from_their_split(tmp_path):
+    file = write_lines(tmp_path / "task.jsonl", rows(range(400)))
+    draws = [load(file, seed=seed, num=9).calibration for seed in (0, 1, 0)]
+    everything = load(file, seed=2).calibration
+    assert draws[0] == draws[2] != draws[1]
+    assert all(len(set(draw)) == 9 and set(draw) <= set(everything) for draw in draws)
 
 
 def test_first_of_two_answers_counts(tmp_path):

@@ -1,0 +1,76 @@
+"""The teacher's completions: sampled once, kept in `rollouts/` with what they come from."""
+
+from transformers import PreTrainedModel
+
+from pipeline.artifacts import RunFolder
+from pipeline.config import Config
+from pipeline.data.tasks import Row
+from pipeline.rollouts import (
+    Rollout,
+    load_rollouts,
+    sample_rollouts,
+    sample_verified_rollouts,
+    save_rollouts,
+)
+from pipeline.stages.inputs import TaskInputs
+
+
+def cached_rollouts(
+    folder: RunFolder,
+    name: str,
+    config: Config,
+    teacher: PreTrainedModel,
+    inputs: TaskInputs,
+    rows: list[Row],
+    *,
+    num_rollouts: int,
+    temperature: float,
+    max_new_tokens: int,
+    progress: str,
+    verified: bool = False,
+) -> list[Rollout]:
+    """The teacher's completions from `rollouts/<name>.jsonl`, sampled where the file has others.
+
+    Args:
+        folder: The run folder.
+        name: File name without ending.
+        config: Says which teacher and task they come from.
+        teacher: Samples them.
+        inputs: Tokenizer, encoding and verifier.
+        rows: Prompts, used again from the start when all had their turn.
+        num_rollouts: How many completions; at most one for each row where `verified`.
+        temperature: 0 is greedy.
+        max_new_tokens: Longest completion.
+        progress: Name of the progress bar.
+        verified: Only right ones, see `sample_verified_rollouts`.
+    """
+    path = folder.root / "rollouts" / f"{name}.jsonl"
+    provenance = {
+        "teacher": config.teacher.model_dump(exclude={"micro_batch_size"}),
+        "task": config.task.model_dump(),
+        "seed": config.run.seed,
+        "num_rollouts": num_rollouts,
+        "temperature": temperature,
+        "max_new_tokens": max_new_tokens,
+        "verified": verified,
+    }
+    if path.exists():
+        found, rollouts = load_rollouts(path)
+        if found == provenance:
+            return rollouts
+    arguments = {
+        "max_new_tokens": max_new_tokens,
+        "batch_size": config.evaluate.batch_size,
+        "temperature": temperature,
+        "seed": config.run.seed,
+        "progress": progress,
+    }
+    models = (teacher, inputs.tokenizer)
+    checks = (inputs.encode, inputs.verifier)
+    if verified:
+        rollouts = sample_verified_rollouts(*models, rows[:num_rollouts], *checks, **arguments)
+    else:
+        rollouts = sample_rollouts(*models, rows, *checks, num_rollouts=num_rollouts, **arguments)
+    path.parent.mkdir(exist_ok=True)
+    save_rollouts(path, rollouts, provenance)
+    return rollouts
