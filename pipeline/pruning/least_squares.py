@@ -5,27 +5,29 @@ For each row w of a linear layer with kept support S, damped towards the dense w
     min over w' with support S of ||X_p w' - X_d w||² + lambda ||w' - w||²
     <=>  H_SS w'_S = b_S,   H = X_pᵀ X_p + lambda I,   b = X_pᵀ X_d w + lambda w
 
-lambda = 0.01 * mean(diag X_pᵀ X_p), see `hessian.py`. The problem on a fixed support, and conjugate
-gradients projected on the supports of all rows at once, are those of ALPS (Meng et al. 2024, arXiv
-2406.07831), with one change: the target is the dense model's output on the dense model's inputs, so
-each layer also mends what earlier layers lost. Biases cancel: the layer keeps its own. The damping
-leaves kept weights of dead input channels at their dense value, makes a single token enough, and an
-unpruned layer with dense inputs stays as it is.
+lambda = 0.01 * mean(diag X_pᵀ X_p), see `hessian.py`. The problem on a fixed support is that of
+ALPS (Meng et al. 2024, arXiv 2406.07831), with one change: the target is the dense model's output
+on the dense model's inputs, so each layer also mends what earlier layers lost. Biases cancel: the
+layer keeps its own. The damping leaves kept weights of dead input channels at their dense value,
+makes a single token enough, and an unpruned layer with dense inputs stays as it is.
 
-Rows with few kept weights are factorised (batched Cholesky), wide ones go to the conjugate
-gradients. All in fp64.
+Rows that all have one support, as in an unpruned or a structured layer, share one Cholesky factor.
+Of the others those with few kept weights get a factor each, in batches; wide ones go to conjugate
+gradients (`conjugate_gradients.py`). Factors are in fp64, what all rows go through together, b and
+the conjugate gradients, in fp32 (fp64 for a fp64 model).
 """
 
 import torch
 from torch import Tensor
 
 from pipeline.pruning.calibration import InputStatistics
+from pipeline.pruning.conjugate_gradients import solve_by_conjugate_gradients, split_hessian
 from pipeline.pruning.hessian import damped_hessian, damping
 
-MAX_DIRECT_SUPPORT = 1024
-"""Largest number of kept weights in a row that is factorised."""
-MAX_BATCH_ELEMENTS = 2**24
-"""fp64 elements of gathered systems in memory at once (128 MiB)."""
+MAX_DIRECT_SUPPORT = 320
+"""Largest number of kept weights of a row with a factor of its own."""
+MAX_BATCH_ELEMENTS = 2**21
+"""fp64 elements of gathered systems in memory at once (16 MiB)."""
 
 
 def normal_equations(weight: Tensor, statistics: InputStatistics) -> tuple[Tensor, Tensor]:
@@ -36,10 +38,11 @@ def normal_equations(weight: Tensor, statistics: InputStatistics) -> tuple[Tenso
         statistics: Of the layer's input.
 
     Returns:
-        H (in, in) and b of every row (out, in), both fp64.
+        H (in, in) fp64, and b of every row (out, in) fp32, or fp64 if the weight is.
     """
-    dense = weight.detach().double()
-    target = dense @ statistics.cross_moment.T + damping(statistics.second_moment) * dense
+    dense = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    target = dense @ statistics.cross_moment.T.to(dense.dtype)
+    target += damping(statistics.second_moment).to(dense.dtype) * dense
     return damped_hessian(statistics.second_moment), target
 
 
@@ -50,14 +53,41 @@ def least_squares_weight(weight: Tensor, mask: Tensor, hessian: Tensor, target: 
         weight: (out, in) dense weight, the first guess where the solver needs one.
         mask: (out, in) bool, True = kept.
         hessian: (in, in) fp64 H, positive definite.
-        target: (out, in) fp64, row b of each row's normal equations.
+        target: (out, in) fp32 or fp64, row b of each row's normal equations.
 
     Returns:
-        (out, in) fp64, exactly zero where the mask is False.
+        (out, in) of the target's dtype, exactly zero where the mask is False.
     """
-    if int(mask.sum(1).max()) <= MAX_DIRECT_SUPPORT:
-        return solve_by_cholesky(hessian, target, mask)
-    return solve_by_conjugate_gradients(hessian, target, mask, start=weight.double())
+    if torch.equal(mask, mask[:1].expand_as(mask)):
+        return solve_by_shared_cholesky(hessian, target, mask[0])
+    is_small = mask.sum(1) <= MAX_DIRECT_SUPPORT
+    solution = torch.empty_like(target)
+    solution[is_small] = solve_by_cholesky(hessian, target[is_small], mask[is_small])
+    if not is_small.all():
+        wide = ~is_small
+        split = split_hessian(hessian, target.dtype)
+        solution[wide] = solve_by_conjugate_gradients(
+            split, target[wide], mask[wide], start=weight[wide]
+        )
+    return solution
+
+
+def solve_by_shared_cholesky(hessian: Tensor, target: Tensor, support: Tensor) -> Tensor:
+    """Solves H_SS w_S = b_S for rows that have one support.
+
+    Args:
+        hessian: (in, in) fp64 H, positive definite.
+        target: (out, in), row b of each system.
+        support: (in,) bool S.
+
+    Returns:
+        (out, in) of the target's dtype, zero off the support.
+    """
+    factor = torch.linalg.cholesky(hessian[support][:, support])
+    kept = torch.cholesky_solve(target[:, support].T.double(), factor).T
+    solution = torch.zeros_like(target)
+    solution[:, support] = kept.to(target.dtype)
+    return solution
 
 
 def solve_by_cholesky(hessian: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -65,11 +95,11 @@ def solve_by_cholesky(hessian: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         hessian: (in, in) fp64 H, positive definite.
-        target: (out, in) fp64, row b of each system.
+        target: (out, in), row b of each system.
         mask: (out, in) bool, the support S of each row.
 
     Returns:
-        (out, in) fp64, zero off the support.
+        (out, in) of the target's dtype, zero off the support.
     """
     solution = torch.zeros_like(target)
     num_kept = mask.sum(1)
@@ -79,61 +109,14 @@ def solve_by_cholesky(hessian: Tensor, target: Tensor, mask: Tensor) -> Tensor:
         width = int(num_kept[rows[0]])
         num_rows = max(1, MAX_BATCH_ELEMENTS // width**2)
         chunk, rows = rows[:num_rows], rows[num_rows:]
-        # A row with fewer kept weights than the widest is filled up with an identity block.
         support = mask[chunk].int().argsort(dim=1, descending=True, stable=True)[:, :width]
         is_kept = mask[chunk].gather(1, support)
-        system = hessian[support[:, :, None], support[:, None, :]]
-        both = is_kept[:, :, None] & is_kept[:, None, :]
-        system = torch.where(both, system, torch.eye(width).to(system))
-        right = torch.where(is_kept, target[chunk].gather(1, support), 0.0)
-        kept = torch.cholesky_solve(right[:, :, None], torch.linalg.cholesky(system)).squeeze(2)
-        solution[chunk] = torch.zeros_like(target[chunk]).scatter(1, support, kept)
+        places = support[:, :, None] * len(hessian) + support[:, None, :]
+        system = hessian.view(-1).index_select(0, places.view(-1)).view(places.shape)
+        # A row with fewer kept weights than the widest is filled up with an identity block.
+        system.mul_(is_kept[:, :, None]).mul_(is_kept[:, None, :])
+        system.diagonal(dim1=1, dim2=2).add_(~is_kept)
+        right = (target[chunk].gather(1, support) * is_kept)[:, :, None].double()
+        kept = torch.cholesky_solve(right, torch.linalg.cholesky(system)).squeeze(2)
+        solution[chunk] = torch.zeros_like(target[chunk]).scatter(1, support, kept.to(target.dtype))
     return solution
-
-
-def solve_by_conjugate_gradients(
-    hessian: Tensor,
-    target: Tensor,
-    mask: Tensor,
-    start: Tensor,
-    tolerance: float = 1e-8,
-    max_steps: int = 1000,
-) -> Tensor:
-    """Solves H_SS w_S = b_S for all rows at once, residuals projected on the supports.
-
-    Preconditioned by the diagonal of H.
-
-    Args:
-        hessian: (in, in) fp64 H, positive definite.
-        target: (out, in) fp64, row b of each system.
-        mask: (out, in) bool, the support S of each row.
-        start: (out, in) fp64 first guess.
-        tolerance: Largest residual norm of a row, relative to its target's, at which to stop.
-        max_steps: Stops here at the latest.
-
-    Returns:
-        (out, in) fp64, zero off the support.
-    """
-    solution = start * mask
-    residual = (target - solution @ hessian) * mask
-    limit = tolerance * (target * mask).norm(dim=1)
-    inverse_diagonal = 1.0 / hessian.diagonal()
-    preconditioned = residual * inverse_diagonal
-    direction = preconditioned
-    product = (residual * preconditioned).sum(1)
-    for _ in range(max_steps):
-        if (residual.norm(dim=1) <= limit).all():
-            break
-        image = (direction @ hessian) * mask
-        step = _ratio(product, (direction * image).sum(1))
-        solution = solution + step[:, None] * direction
-        residual = residual - step[:, None] * image
-        preconditioned = residual * inverse_diagonal
-        product, old_product = (residual * preconditioned).sum(1), product
-        direction = preconditioned + _ratio(product, old_product)[:, None] * direction
-    return solution
-
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Quotient, 0 where a row has converged exactly and the denominator is 0."""
-    return torch.where(denominator > 0, numerator / denominator, 0.0)

@@ -30,6 +30,8 @@ from transformers.models.llama import LlamaForCausalLM
 from pipeline.errors import UserError
 from pipeline.models.prunable import apply_masks, prunable_weights
 from pipeline.prune_rules import STRUCTURED, contradictions
+from pipeline.pruning.allocation import owl_rates, uniform_rates
+from pipeline.pruning.allocation_search import search_rates
 from pipeline.pruning.batches import CalibrationBatch
 from pipeline.pruning.block_entropy import block_masks
 from pipeline.pruning.calibration import InputStatistics, calibrate
@@ -121,7 +123,19 @@ def prune_model(
         _redistribute_under(model, batches, masks, redistribution, progress)
         return masks
 
-    rates = dict.fromkeys(weights, sparsity)
+    rates = uniform_rates(weights, sparsity)
+    if allocation == "owl":
+        rates = owl_rates(model, batches, sparsity, progress=progress)
+    elif allocation == "search":
+        rates = search_rates(
+            model,
+            batches,
+            pruner,
+            sparsity,
+            num_evaluations=search_evaluations,
+            seed=seed,
+            progress=progress,
+        ).rates
     return _prune_by_matrix(model, batches, pruner, rates, progress)
 
 

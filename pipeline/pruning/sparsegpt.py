@@ -95,8 +95,9 @@ def _mask_in_rows(score: Tensor, num_zeros: int) -> Tensor:
     Returns:
         Bool (columns, out), True = kept.
     """
-    lowest = score.argsort(dim=0, stable=True)[:num_zeros]
-    return torch.ones_like(score, dtype=torch.bool).scatter_(0, lowest, False)
+    rows = score.t().contiguous()
+    lowest = rows.argsort(dim=1, stable=True)[:, :num_zeros]
+    return torch.ones_like(rows, dtype=torch.bool).scatter_(1, lowest, False).t()
 
 
 def _sweep(columns: Tensor, mask: Tensor, factor: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ def run(config: Config, folder: RunFolder, inputs: TaskInputs, out: Path) -> Non
     write_json(
         out / "sweep.json", {"description": description, "reference": reference, "cells": cells}
     )
-    print((out / "table.md").read_text(), flush=True)
+    logger.info("sweep: %d cells; tables and pictures: %s", len(cells), out / "table.md")
 
 
 def _cells_of_seed(config: Config, seed: int, models: str, out: Path) -> list[Cell]:

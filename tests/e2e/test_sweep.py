@@ -86,7 +86,7 @@ def test_every_cell_is_pruned_and_those_asked_for_recovered(finished):
     assert recovered["recovered"]["steps"] == 3
     assert recovered["recovered"]["kl"] < recovered["pruned"]["kl"]
     page = (out / "sweep" / "table.md").read_text()
-    assert page in done.stdout
+    assert f"6 cells; tables and pictures: {out / 'sweep' / 'table.md'}" in done.stderr
     assert all(row in page for row in CONFIG["sweep"]["rows"])
     assert json.loads((out / "sweep" / "sweep.json").read_text())["cells"]
 

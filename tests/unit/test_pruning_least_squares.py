@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from pipeline.pruning.calibration import InputStatistics
+from pipeline.pruning.conjugate_gradients import solve_by_conjugate_gradients, split_hessian
 from pipeline.pruning.hessian import DAMPING
-from pipeline.pruning.least_squares import solve_by_cholesky, solve_by_conjugate_gradients
+from pipeline.pruning.least_squares import normal_equations, solve_by_cholesky
 from pipeline.pruning.redistribution import redistribute
 
 KINDS = ("none", "proportional", "least_squares")
@@ -97,26 +98,111 @@ def test_proportional_by_hand():
     torch.testing.assert_close(solution, factor * weight * mask)
 
 
+def correlated_case(num_tokens, num_in, num_out, sparsity, decay, seed=0):
+    """Inputs with a power-law spectrum and a few large channels; rows of different sparsity."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    spectrum = torch.arange(1, num_in + 1, dtype=torch.float64) ** (-decay / 2)
+    inputs = (draw(num_tokens, num_in) * spectrum) @ torch.linalg.qr(draw(num_in, num_in)).Q
+    inputs = inputs * draw(num_in).exp()
+    keep = (1 - sparsity) * (0.5 + torch.rand((num_out, 1), generator=generator))
+    mask = torch.rand((num_out, num_in), generator=generator) < keep
+    return inputs, inputs + 0.1 * inputs.std() * draw(*inputs.shape), draw(num_out, num_in), mask
+
+
+def objective(solution, inputs, dense_inputs, weight):
+    """What least squares minimises."""
+    fit = (inputs @ solution.double().T - dense_inputs @ weight.T).square().sum()
+    return fit + damping_of(inputs) * (solution - weight).square().sum()
+
+
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.95])
-def test_conjugate_gradients_agree_with_cholesky(sparsity):
+def test_conjugate_gradients_agree_with_cholesky(monkeypatch, sparsity):
+    monkeypatch.setattr("pipeline.pruning.conjugate_gradients.TOLERANCE", 1e-20)
     pruned_inputs, dense_inputs, weight, mask = make_case(200, 40, 30, sparsity)
     mask[0] = False
     hessian = pruned_inputs.T @ pruned_inputs + 5.0 * torch.eye(40, dtype=torch.float64)
     target = weight @ (dense_inputs.T @ pruned_inputs)
     direct = solve_by_cholesky(hessian, target, mask)
-    iterative = solve_by_conjugate_gradients(hessian, target, mask, start=weight)
-    torch.testing.assert_close(iterative, direct, rtol=1e-6, atol=1e-7)
+    split = split_hessian(hessian, torch.float64)
+    iterative = solve_by_conjugate_gradients(split, target, mask, start=weight)
+    torch.testing.assert_close(iterative, direct, rtol=1e-8, atol=1e-9)
     assert (iterative[~mask] == 0).all()
 
 
-@pytest.mark.parametrize("limit", ["MAX_BATCH_ELEMENTS", "MAX_DIRECT_SUPPORT"])
-def test_how_the_rows_are_solved_does_not_change_the_solution(monkeypatch, limit):
+
+@pytest.mark.parametrize(("decay", "most_steps"), [(0.0, 8), (1.0, 12), (1.5, 16)])
+@pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.9])
+def test_conjugate_gradients_reach_the_minimum_in_few_steps(
+    monkeypatch, decay, most_steps, sparsity
+):
+    monkeypatch.setattr("pipeline.pruning.least_squares.MAX_DIRECT_SUPPORT", 0)
+    monkeypatch.setattr("pipeline.pruning.conjugate_gradients.MAX_STEPS", most_steps)
+    inputs, dense_inputs, weight, mask = correlated_case(2000, 256, 40, sparsity, decay)
+    mask[3] = False
+    statistics = statistics_of(inputs, dense_inputs)
+    hessian, target = normal_equations(weight, statistics)
+    best = objective(solve_by_cholesky(hessian, target, mask), inputs, dense_inputs, weight)
+    found = redistribute(weight.float(), mask, "least_squares", statistics)
+    assert torch.equal(found != 0, mask)
+    excess = objective(found, inputs, dense_inputs, weight) / best - 1
+    assert excess < 1e-3
+
+
+@pytest.mark.parametrize("num_tokens", [1, 50])
+def test_conjugate_gradients_with_fewer_tokens_than_inputs(monkeypatch, num_tokens):
+    monkeypatch.setattr("pipeline.pruning.least_squares.MAX_DIRECT_SUPPORT", 0)
+    inputs, dense_inputs, weight, mask = correlated_case(num_tokens, 256, 40, 0.7, decay=1.0)
+    statistics = statistics_of(inputs, dense_inputs)
+    hessian, target = normal_equations(weight, statistics)
+    exact = solve_by_cholesky(hessian, target, mask)
+    found = redistribute(weight.float(), mask, "least_squares", statistics)
+    best, reached, alone = (
+        objective(solution, inputs, dense_inputs, weight)
+        for solution in (exact, found, weight * mask)
+    )
+    assert reached - best < 1e-2 * (alone - best)
+
+
+def test_wide_and_narrow_rows_are_solved_side_by_side(monkeypatch):
+    inputs, dense_inputs, weight, mask = correlated_case(2000, 256, 40, 0.6, decay=1.0)
+    statistics = statistics_of(inputs, dense_inputs)
+    expected = redistribute(weight, mask, "least_squares", statistics)
+    monkeypatch.setattr("pipeline.pruning.conjugate_gradients.TOLERANCE", 1e-20)
+    monkeypatch.setattr("pipeline.pruning.conjugate_gradients.ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("pipeline.pruning.least_squares.MAX_DIRECT_SUPPORT", 100)
+    assert 5 < int((mask.sum(1) <= 100).sum()) < 35
+    found = redistribute(weight, mask, "least_squares", statistics)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_products_in_reduced_precision_leave_the_setting_alone():
+    torch.set_float32_matmul_precision("highest")
+    split = split_hessian(torch.eye(8, dtype=torch.float64), torch.float32)
+    split.product(torch.ones(3, 8))
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_rows_with_one_support_share_a_factor(monkeypatch):
+    pruned_inputs, dense_inputs, weight, mask = make_case()
+    mask[:] = mask[2]
+    statistics = statistics_of(pruned_inputs, dense_inputs)
+    expected = solve_by_cholesky(*normal_equations(weight, statistics), mask)
+    monkeypatch.delattr("pipeline.pruning.least_squares.solve_by_cholesky")
+    found = redistribute(weight, mask, "least_squares", statistics)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_batches_of_rows_do_not_change_the_solution(monkeypatch):
     pruned_inputs, dense_inputs, weight, mask = make_case()
     statistics = statistics_of(pruned_inputs, dense_inputs)
     expected = redistribute(weight, mask, "least_squares", statistics)
-    monkeypatch.setattr(f"pipeline.pruning.least_squares.{limit}", 1)
+    monkeypatch.setattr("pipeline.pruning.least_squares.MAX_BATCH_ELEMENTS", 1)
     solution = redistribute(weight, mask, "least_squares", statistics)
-    torch.testing.assert_close(solution, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(solution, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -180,7 +180,8 @@ def test_ratio_difference_and_error_by_hand():
     [
         ((0.10, 0.12, 0.11), Verdict.WINS),
         ((-0.10, -0.12, -0.11), Verdict.LOSES),
-        ((0.10, 0.12, -0.001), Verdict.UNDECIDED),  # a seed against
+        ((0.1, 0.1, 0.1, 0.1, -0.001), Verdict.UNDECIDED),  # mean four errors, one seed against
+        ((-0.1, -0.1, -0.1, -0.1, 0.001), Verdict.UNDECIDED),
         ((0.01, 0.01, 0.40), Verdict.UNDECIDED),  # mean 0.14, error 0.13
         ((-0.01, -0.01, -0.40), Verdict.UNDECIDED),
         ((0.0, 0.0, 0.0), Verdict.UNDECIDED),
@@ -280,6 +281,7 @@ def test_not_finite_against_finite():
         (failed, sound, Verdict.LOSES),
         (half, sound, Verdict.NO_CLAIM),
         (sound, failed, Verdict.NO_CLAIM),
+        ((None,), (1.0,), Verdict.NO_CLAIM),
         (failed, failed, Verdict.NO_CLAIM),
     ):
         grid = grid_of(cells_of(OURS, 0.9, *ours), cells_of(RIVAL, 0.9, *theirs))
