@@ -190,6 +190,7 @@ class PruneConfig(_Section):
         "magnitude",
         "wanda",
         "sparsegpt",
+        "alps",
         "mama",
         "sdmprune",
         "block_entropy",
@@ -203,9 +204,10 @@ class PruneConfig(_Section):
     scope: Annotated[str, AfterValidator(_scope)] | None = None
     """Reach the fraction in each matrix, over the model as a whole, in each row, or by N:M, which
     keeps N of every M inputs of a row (2:4); null is row for wanda, matrix for the others."""
-    redistribution: Literal["none", "proportional", "least_squares"] = "least_squares"
-    """How what the pruned weights contributed is moved onto kept weights of the same layer; under
-    none sparsegpt keeps its own weights, under least_squares only its mask."""
+    redistribution: Literal["none", "proportional", "least_squares", "admm"] = "least_squares"
+    """How what the pruned weights contributed is moved onto kept weights of the same layer; admm
+    chooses the mask anew while it moves. Under none sparsegpt and alps keep their own weights,
+    under least_squares only their mask."""
     allocation: Literal["uniform", "owl", "search"] = "uniform"
     """Rate of each matrix: the same for all, less where activations have outliers (owl), or
     searched for the lowest KL to the dense model on the calibration rows."""

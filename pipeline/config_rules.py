@@ -207,6 +207,14 @@ def _method_faults(config: Config) -> Iterator[Fault]:
             "nothing is left to score by",
             "set one of magnitude, activation and movement to true instead",
         )
+    if prune.redistribution == "admm" and not prune.score_parts.magnitude:
+        yield Fault(
+            "prune.score_parts.magnitude",
+            False,
+            "prune.redistribution admm compares by magnitude",
+            "set true, or another prune.redistribution, instead",
+            ("prune.redistribution",),
+        )
     if prune.method in STRUCTURED:
         yield from _fixed_mask_faults(config, f"prune.method, {prune.method}", "prune.method")
     refined = config.moves_mask and set(config.run.stages) & set(config.refine.stages)

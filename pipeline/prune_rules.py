@@ -2,10 +2,14 @@
 
 from collections.abc import Iterator
 
-SOLVERS = ("sparsegpt",)
+SOLVERS = ("sparsegpt", "alps")
 """Methods that find masks and weights together, within a matrix."""
 STRUCTURED = ("sdmprune", "block_entropy")
 """Methods that choose whole channels or blocks over the model."""
+
+
+ADMM_METHODS = ("magnitude", "wanda", "mama")
+"""Methods whose score is |w| times something, which ADMM can compare by."""
 
 
 def contradictions(
@@ -35,6 +39,20 @@ def contradictions(
             "proportional",
             f"{method} moves pruned weights itself",
             "set none, or least_squares on its mask, instead",
+        )
+    if redistribution == "admm" and method not in ADMM_METHODS:
+        yield (
+            "redistribution",
+            "admm",
+            f"it compares by |w| times the rest of a score, and {method} has none such",
+            "set least_squares or none instead",
+        )
+    elif redistribution == "admm" and scope == "model":
+        yield (
+            "redistribution",
+            "admm",
+            "it chooses within a matrix, and prune.scope is model",
+            "set least_squares, or another prune.scope, instead",
         )
     if method in STRUCTURED and scope not in (None, "model"):
         yield (

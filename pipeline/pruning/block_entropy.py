@@ -34,9 +34,9 @@ from pipeline.models.prunable import decoder_layers, prunable_weights
 from pipeline.pruning.batches import CalibrationBatch
 from pipeline.pruning.calibration import (
     PROGRESS_DELAY_SECONDS,
-    _first_layer_input,
-    _Stream,
-    _tokens,
+    Stream,
+    first_layer_input,
+    real_tokens,
 )
 
 NUM_BINS = 64
@@ -101,16 +101,16 @@ def entropy_increases(
     """
     if not any(batch.attention_mask.any() for batch in batches):
         raise UserError("task.num_calibration: there is no calibration token; set at least 1 row")
-    streams = [_first_layer_input(model, batch, "input_norm") for batch in batches]
-    before = [_tokens(stream.pruned, stream) for stream in streams]
+    streams = [first_layer_input(model, batch, "input_norm") for batch in batches]
+    before = [real_tokens(stream.pruned, stream) for stream in streams]
     increases = {}
     bar = {"desc": progress, "disable": progress is None, "delay": PROGRESS_DELAY_SECONDS}
     for index, layer in enumerate(tqdm(decoder_layers(model), **bar)):
         between, after = [], []
         for stream in streams:
             after_attention, stream.pruned = _layer_states(layer, stream)
-            between.append(_tokens(after_attention, stream))
-            after.append(_tokens(stream.pruned, stream))
+            between.append(real_tokens(after_attention, stream))
+            after.append(real_tokens(stream.pruned, stream))
         for block, *states in (("self_attn", before, between), ("mlp", between, after)):
             name = f"model.layers.{index}.{block}"
             increases[name] = _entropy_increase(name, *states)
@@ -123,7 +123,7 @@ def _block(name: str) -> str:
     return name.rsplit(".", 2)[0]
 
 
-def _layer_states(layer: nn.Module, stream: _Stream) -> tuple[Tensor, Tensor]:
+def _layer_states(layer: nn.Module, stream: Stream) -> tuple[Tensor, Tensor]:
     """The residual stream (B, S, hidden) after a layer's attention and after its MLP."""
     between = []
     handle = layer.post_attention_layernorm.register_forward_pre_hook(

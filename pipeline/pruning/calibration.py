@@ -70,7 +70,7 @@ class InputStatistics:
 
 
 @dataclass
-class _Stream:
+class Stream:
     """One batch on its way through the decoder layers."""
 
     pruned: torch.Tensor
@@ -111,7 +111,7 @@ def calibrate(
     if not any(batch.attention_mask.any() for batch in batches):
         raise UserError("task.num_calibration: there is no calibration token; set at least 1 row")
     names = {weight: name for name, weight in prunable_weights(model).items()}
-    streams = [_first_layer_input(model, batch, needs) for batch in batches]
+    streams = [first_layer_input(model, batch, needs) for batch in batches]
     bar = {"desc": progress, "disable": progress is None, "delay": PROGRESS_DELAY_SECONDS}
     for layer in tqdm(decoder_layers(model), **bar):
         dense_layer = copy.deepcopy(layer) if needs == "cross_moment" else None
@@ -131,7 +131,7 @@ def calibrate(
             stream.pruned, stream.dense = pruned, dense
 
 
-def _first_layer_input(model: LlamaForCausalLM, batch: CalibrationBatch, needs: str) -> _Stream:
+def first_layer_input(model: LlamaForCausalLM, batch: CalibrationBatch, needs: str) -> Stream:
     """Embeds a batch and prepares the causal mask and rotary embeddings as `LlamaModel` does."""
     input_ids, attention_mask = (tensor.to(model.device) for tensor in batch[:2])
     hidden = model.model.embed_tokens(input_ids)
@@ -149,7 +149,7 @@ def _first_layer_input(model: LlamaForCausalLM, batch: CalibrationBatch, needs: 
         "position_embeddings": model.model.rotary_emb(hidden, position_ids=position_ids),
     }
     dense = hidden if needs == "cross_moment" else None
-    return _Stream(hidden, dense, attention_mask.bool(), layer_arguments)
+    return Stream(hidden, dense, attention_mask.bool(), layer_arguments)
 
 
 def _position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -158,7 +158,7 @@ def _position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
 
 
 def _steps(
-    layer: nn.Module, dense_layer: nn.Module | None, stream: _Stream
+    layer: nn.Module, dense_layer: nn.Module | None, stream: Stream
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
     """What the pruned and the dense layer compute from one batch, step by step."""
     pruned = layer_steps(layer, stream.pruned, stream.layer_arguments)
@@ -169,7 +169,7 @@ def _steps(
 
 def _input_statistics(
     steps: Sequence[Iterator[tuple[torch.Tensor, torch.Tensor | None]]],
-    streams: Sequence[_Stream],
+    streams: Sequence[Stream],
     needs: str,
 ) -> InputStatistics:
     """Takes every batch to the next group's input and sums its moments.
@@ -179,13 +179,13 @@ def _input_statistics(
     square_sum, second_moment, cross_moment = 0.0, 0.0, 0.0
     pruned_sum, dense_sum, num_tokens = 0.0, 0.0, 0
     for stream, (pruned, dense) in zip(streams, map(next, steps), strict=True):
-        pruned = _tokens(pruned, stream)
+        pruned = real_tokens(pruned, stream)
         if needs == "input_norm":
             square_sum = square_sum + pruned.square().sum(0).double()
             continue
         second_moment = second_moment + (pruned.T @ pruned).double()
         if needs == "cross_moment":
-            dense = _tokens(dense, stream)
+            dense = real_tokens(dense, stream)
             cross_moment = cross_moment + (pruned.T @ dense).double()
             pruned_sum = pruned_sum + pruned.double().sum(0)
             dense_sum = dense_sum + dense.double().sum(0)
@@ -199,6 +199,6 @@ def _input_statistics(
     return InputStatistics(norm, second_moment, cross_moment, *means, num_tokens)
 
 
-def _tokens(inputs: torch.Tensor, stream: _Stream) -> torch.Tensor:
+def real_tokens(inputs: torch.Tensor, stream: Stream) -> torch.Tensor:
     """(B, S, in) of a batch -> (tokens, in) without padding, fp32 or fp64."""
     return inputs[stream.is_token].to(torch.promote_types(inputs.dtype, torch.float32))

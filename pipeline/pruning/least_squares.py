@@ -7,9 +7,10 @@ For each row w of a linear layer with kept support S, damped towards the dense w
 
 lambda = 0.01 * mean(diag X_pᵀ X_p), see `hessian.py`. The problem on a fixed support is that of
 ALPS (Meng et al. 2024, arXiv 2406.07831), with one change: the target is the dense model's output
-on the dense model's inputs, so each layer also mends what earlier layers lost. Biases cancel: the
-layer keeps its own. The damping leaves kept weights of dead input channels at their dense value,
-makes a single token enough, and an unpruned layer with dense inputs stays as it is.
+on the dense model's inputs, so each layer also mends what earlier layers lost. A bias is solved for
+beside them on centred moments (`redistribution.py`). The damping leaves kept weights of dead input
+channels at their dense value, makes a single token enough, and an unpruned layer with dense inputs
+stays as it is.
 
 Rows that all have one support, as in an unpruned or a structured layer, share one Cholesky factor.
 Of the others those with few kept weights get a factor each, in batches; wide ones go to conjugate

@@ -1,21 +1,20 @@
 """MAMA's step 1: which weights to prune, by magnitude and movement before any training step.
 
-    s_ij = rank(|W_ij| * ||X_j||_2 ^ 0.5) + 0.25 * rank(M_ij)
+    s_ij = |W_ij| * ||X_j||_2 ^ 0.5 * (rank(M_ij) + 0.05) ^ 0.5
 
 - ||X_j||_2 is the norm of input channel j over the calibration tokens. Power 1 is the score of
   Wanda (Sun et al. 2023, arXiv 2306.11695), power 0.5 that of RIA (Zhang et al. 2024,
-  "Plug-and-Play", ICLR). Without activation the first term is rank(|W_ij|), without magnitude
-  rank(||X_j||_2), without both it is left out.
-- M_ij is the calibration movement, |g*w| summed over sequences (`calibration_movement.py`). Without
-  movement the second term is left out.
+  "Plug-and-Play", ICLR).
+- M_ij is the calibration movement, |g*w| summed over sequences (`calibration_movement.py`). Its
+  rank among the weights that compete, in (0, 1], stands for it, because its values span many orders
+  of magnitude.
 
-Ranks lie in (0, 1] and are taken over the weights that compete with each other (one matrix, or the
-whole model), because the two terms have different units.
+Each of the three factors can be switched off. Under the redistribution `admm` W_ij is not the dense
+weight but what it has become so far (`admm.py`): there the score chooses and the redistribution
+moves, in turns.
 
-Power and weight were measured with least squares on one small arithmetic Llama (0.3 M weights).
-KL to the dense model at 0.9 and 0.95, nats per token, mean of three calibration seeds: 0.27 and
-2.63; magnitude alone 0.43 and 3.37; without movement 0.36 and 3.14; without activation 0.26 and
-3.24; power and weight 1: 0.42 and 3.31.
+The powers were chosen on one small arithmetic Llama (0.3 M weights) by the KL to the dense model;
+RESULTS.md has what each part adds, and the sums of ranks tried before.
 """
 
 import torch
@@ -26,7 +25,9 @@ from pipeline.sparsity.scores import normalised_ranks
 from pipeline.sparsity.threshold import concatenate, split_like
 
 ACTIVATION_POWER = 0.5
-MOVEMENT_WEIGHT = 0.25
+MOVEMENT_POWER = 0.5
+MOVEMENT_OFFSET = 0.05
+"""Keeps the least moved weights in the running."""
 
 
 def mama_scores(
@@ -47,8 +48,6 @@ def mama_scores(
         Name to (out, in) fp32.
     """
     assert magnitude or input_norms is not None or movement is not None, "nothing to score by"
-    if not magnitude and input_norms is None:
-        return {name: movement[name] for name in weights}
     scores = {
         name: magnitude_score(weight) if magnitude else torch.ones_like(weight).float()
         for name, weight in weights.items()
@@ -58,8 +57,20 @@ def mama_scores(
             name: score * input_norms[name].pow(ACTIVATION_POWER).float()
             for name, score in scores.items()
         }
-    if movement is None:
-        return scores
-    first = normalised_ranks(concatenate(scores))
-    second = normalised_ranks(concatenate({name: movement[name] for name in scores}))
-    return split_like(first + MOVEMENT_WEIGHT * second, scores)
+    if movement is not None:
+        factors = movement_factors({name: movement[name] for name in weights})
+        scores = {name: score * factors[name] for name, score in scores.items()}
+    return scores
+
+
+def movement_factors(movement: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The part that movement has in the score of weights that compete with each other.
+
+    Args:
+        movement: Name to (out, in) calibration movement.
+
+    Returns:
+        Name to (out, in) fp32, positive.
+    """
+    ranks = normalised_ranks(concatenate(movement))
+    return split_like((ranks + MOVEMENT_OFFSET) ** MOVEMENT_POWER, movement)

@@ -1,22 +1,28 @@
 """One linear layer at a time: from its input statistics to its mask and its new weight.
 
 Methods that rank weights choose a mask by score, and a redistribution says what the kept weights
-become. Solvers (SparseGPT, ALPS) find mask and weights together: under `none` their own weights
-stand, as in their papers; under `least_squares` only the mask is used, and the kept weights are
-solved for from the dense ones.
+become; under `admm` both happen in turns. Solvers (SparseGPT, ALPS) find mask and weights together:
+under `none` their own weights stand, as in their papers; under `least_squares` only the mask is
+used, and the kept weights are solved for from the dense ones.
 """
 
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from pipeline.pruning.admm import admm_mask
+from pipeline.pruning.alps import alps_weight
 from pipeline.pruning.calibration import InputStatistics
 from pipeline.pruning.criteria import criterion_scores
+from pipeline.pruning.least_squares import normal_equations
+from pipeline.pruning.mama import ACTIVATION_POWER, movement_factors
 from pipeline.pruning.redistribution import redistribute
 from pipeline.pruning.sparsegpt import sparsegpt_weight
 from pipeline.sparsity.threshold import masks_by_score
 
-SOLVERS = {"sparsegpt": sparsegpt_weight}
+SOLVERS = {"sparsegpt": sparsegpt_weight, "alps": alps_weight}
+ADMM_POWERS = {"magnitude": 0.0, "wanda": 1.0, "mama": ACTIVATION_POWER}
+"""Power of the input's norm in the score of the methods that go with ADMM."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class MatrixPruner:
     scope: str
     """`matrix`, `row` or `N:M`."""
     redistribution: str
-    """`none`, `proportional` or `least_squares`."""
+    """`none`, `proportional`, `least_squares` or `admm`."""
     magnitude: bool = True
     """Whether `mama` uses the magnitude."""
     activation: bool = True
@@ -70,17 +76,44 @@ class MatrixPruner:
             Mask (out, in) bool, True = kept; new weight (out, in), exactly 0 where pruned.
         """
         weight = module.weight.detach()
+        moments = statistics
+        if module.bias is not None and self.redistribution != "none":
+            moments = statistics.centred
+        if self.redistribution == "admm":
+            mask = self._mask_by_admm(name, weight, moments, sparsity)
+            return mask, redistribute(weight, mask, "least_squares", moments)
         if self.method in SOLVERS:
             solve = SOLVERS[self.method]
             mask, new_weight = solve(weight, statistics, sparsity, self.scope, name)
             if self.redistribution == "none":
                 return mask, new_weight
         else:
-            norms = {name: statistics.input_norm} if self.uses_activation else None
-            scores = criterion_scores(
-                self.method, {name: weight}, norms, self.movement, self.seed, self.magnitude
-            )
-            mask = masks_by_score(scores, sparsity, self.scope, {name: weight.abs()})[name]
-        if module.bias is not None and self.redistribution != "none":
-            statistics = statistics.centred
-        return mask, redistribute(weight, mask, self.redistribution, statistics)
+            mask = self._mask_by_score(name, weight, statistics, sparsity)
+        return mask, redistribute(weight, mask, self.redistribution, moments)
+
+    def _mask_by_score(
+        self, name: str, weight: Tensor, statistics: InputStatistics | None, sparsity: float
+    ) -> Tensor:
+        norms = {name: statistics.input_norm} if self.uses_activation else None
+        scores = criterion_scores(
+            self.method, {name: weight}, norms, self.movement, self.seed, self.magnitude
+        )
+        return masks_by_score(scores, sparsity, self.scope, {name: weight.abs()})[name]
+
+    def _mask_by_admm(
+        self, name: str, weight: Tensor, statistics: InputStatistics, sparsity: float
+    ) -> Tensor:
+        """ADMM whose projections compare by the method's score."""
+        power = ADMM_POWERS[self.method] if self.uses_activation else 0.0
+        factors = None
+        if self.method == "mama" and self.movement is not None:
+            factors = movement_factors({name: self.movement[name]})[name]
+        return admm_mask(
+            weight,
+            *normal_equations(weight, statistics),
+            sparsity,
+            self.scope,
+            name,
+            power=power,
+            multiplier=factors,
+        )

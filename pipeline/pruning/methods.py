@@ -46,7 +46,7 @@ from pipeline.sparsity.threshold import masks_by_score
 METHODS = (*CRITERIA, *SOLVERS, *STRUCTURED)
 SCOPES = ("matrix", "model", "row")
 """Where weights are compared, beside `N:M`."""
-REDISTRIBUTIONS = ("none", "proportional", "least_squares")
+REDISTRIBUTIONS = ("none", "proportional", "least_squares", "admm")
 ALLOCATIONS = ("uniform", "owl", "search")
 """How the zeros are shared out among the matrices, where each has its own."""
 

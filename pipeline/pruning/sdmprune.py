@@ -21,8 +21,9 @@ Measured on a small arithmetic Llama, nats per token of KL to the dense model wi
 of 288 channels, mean of three calibration seeds: 0.009, 0.19, 0.63; channels by the norm of their
 weights 0.012, 0.16, 0.61. On one of the seeds: 0.011, 0.17, 0.65; with a first cut of 0.1 0.015,
 0.19, 0.72, of 0.5 0.043, 0.38, 0.90; all in one cut 0.010, 0.17, 0.60. There the second scores do
-not help: sequences that the first cut broke have most of the gradient. A channel's whole
-first-order term, absolute value after the sum over j, with a first cut of 0.1: 0.011, 0.24, 0.75.
+not help: few sequences rule them. The top 5 % hold 16 % of the importance in the dense model, 23 %
+after 6 channels a layer, 61 % after 30. The whole first-order term of a channel, absolute value
+after the sum over j, with a first cut of 0.1: 0.011, 0.24, 0.75.
 
 Memory: the MLP gradients of one layer at a time, logits of a few tokens at a time. Left out:
 attention heads, biases, recovery training. `narrow.py` cuts the channels out.

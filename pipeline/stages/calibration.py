@@ -92,7 +92,7 @@ def _text(config: Config, inputs: TaskInputs) -> Rows:
     values = config.calibration
     text = read_text(values.text_path, "calibration.text_path")
     chunks = text_chunks(
-        inputs.tokenizer(text)["input_ids"],
+        inputs.tokenizer(text, verbose=False)["input_ids"],
         seq_len=values.seq_len,
         num_chunks=config.task.num_calibration,
         seed=config.run.seed,

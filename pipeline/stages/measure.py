@@ -103,7 +103,8 @@ def measure(
 
 def text_tokens(config: Config, inputs: TaskInputs) -> list[int]:
     """The tokens of `evaluate.text_path`."""
-    return inputs.tokenizer(read_text(config.evaluate.text_path, "evaluate.text_path"))["input_ids"]
+    text = read_text(config.evaluate.text_path, "evaluate.text_path")
+    return inputs.tokenizer(text, verbose=False)["input_ids"]
 
 
 def _text_perplexity(

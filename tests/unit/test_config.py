@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from pipeline import trl_keys
-from pipeline.config import Config, ConfigError, PruneConfig
+from pipeline.config import Config, ConfigError, PruneConfig, sweep_row
 from pipeline.config_keys import describe_keys, nearest_keys, own_fields
 from pipeline.config_loading import load_config, to_yaml
 from pipeline.config_yaml import parse_yaml
@@ -409,6 +409,51 @@ def test_a_rule_is_not_applied_to_a_key_that_is_faulty_itself():
             "prune.redistribution",
             "set none, or least_squares",
         ),
+        ({"prune.method": "sdmprune", "prune.scope": "row"}, "prune.scope", "set null"),
+        (
+            {"prune.method": "sdmprune", "refine.regrow_fraction": 0.1},
+            "refine.regrow_fraction",
+            "set",
+        ),
+        ({"prune.method": "block_entropy", "refine.score": "mix"}, "refine.score", "magnitude"),
+        ({"prune.method": "sdmprune", "prune.allocation": "owl"}, "prune.allocation", "uniform"),
+        ({"prune.scope": "model", "prune.allocation": "owl"}, "prune.allocation", "set uniform"),
+        (
+            {"prune.scope": "2:4", "prune.sparsity": 0.5, "prune.allocation": "search"},
+            "prune.allocation",
+            "set uniform",
+        ),
+        (
+            {"prune.allocation": "owl", "refine.start_sparsity": 0.5},
+            "refine.scope",
+            "set model, or refine.stages: []",
+        ),
+        (
+            {
+                "prune.score_parts.magnitude": False,
+                "prune.score_parts.activation": False,
+                "prune.score_parts.movement": False,
+            },
+            "prune.score_parts",
+            "set one of magnitude",
+        ),
+        (
+            {"prune.method": "random", "prune.redistribution": "admm"},
+            "prune.redistribution",
+            "set least_squares or none",
+        ),
+        (
+            {"prune.scope": "model", "prune.redistribution": "admm"},
+            "prune.redistribution",
+            "set least_squares, or another prune.scope",
+        ),
+        (
+            {"prune.redistribution": "admm", "prune.score_parts.magnitude": False},
+            "prune.score_parts.magnitude",
+            "set true",
+        ),
+        ({"calibration.source": "text"}, "calibration.text_path", "set a text file"),
+        ({"evaluate.text_seq_len": 64}, "evaluate.text_stride", "set 63 or less"),
     ],
 )
 def test_keys_that_do_not_fit_together(overrides, key, remedy):
@@ -435,10 +480,58 @@ def test_keys_that_do_not_fit_together(overrides, key, remedy):
         {"prune.scope": "1:3", "prune.sparsity": 0.666667},
         {"prune.method": "sparsegpt", "prune.scope": "row"},
         {"prune.method": "sparsegpt", "prune.redistribution": "none"},
+        {"prune.method": "sdmprune", "prune.redistribution": "least_squares"},
+        {"prune.allocation": "search"},
+        {"prune.allocation": "owl", "refine.start_sparsity": 0.5, "refine.scope": "model"},
+        {
+            "prune.allocation": "owl",
+            "refine.start_sparsity": 0.5,
+            "refine.stages": ["grpo"],
+            "run.stages": ["prune", "distill", "evaluate"],
+        },
     ],
 )
 def test_keys_that_fit_together(overrides):
     load(overrides)
+
+
+SWEEP = {"run.stages": ["sweep"], "sweep.rows": {"a": {}, "b": {"method": "wanda"}}}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "remedy"),
+    [
+        ({"run.stages": ["prune", "sweep"]}, "run.stages", "set [sweep]"),
+        ({"sweep.rows": {}}, "sweep.rows", "configs/sweep.yaml"),
+        ({"sweep.rows": {"a": {"methods": "mama"}}}, "sweep.rows.a.methods", "--help"),
+        ({"sweep.rows": {"a": {"method": "best"}}}, "sweep.rows.a.method", "--help"),
+        ({"sweep.rows": {"a": 5}}, "sweep.rows[a]", "set mapping"),
+        (
+            {"sweep.rows": {"a": {"method": "sparsegpt", "scope": "model"}}},
+            "sweep.rows.a.scope",
+            "set matrix",
+        ),
+        ({"sweep.levels": [0.5, 1.0]}, "sweep.levels[1]", "set non-empty list"),
+        ({"sweep.headline": "c"}, "sweep.headline", "set one of a, b"),
+        ({"sweep.recover_levels": [0.3]}, "sweep.recover_levels", "add them"),
+        (
+            {"sweep.recover_levels": [0.5], "distill.max_steps": -1},
+            "distill.max_steps",
+            "set 1 or more",
+        ),
+    ],
+)
+def test_sweeps_that_cannot_run(overrides, key, remedy):
+    line = only_fault(SWEEP | overrides)
+    assert line.startswith(f"{key}: ")
+    assert remedy in line
+
+
+def test_a_row_changes_what_it_names():
+    config = load(SWEEP | {"prune.redistribution": "none", "prune.sparsity": 0.3})
+    row = sweep_row(config, "b", 0.7)
+    assert (row.method, row.sparsity, row.redistribution) == ("wanda", 0.7, "none")
+    assert sweep_row(config, "a") == config.prune
 
 
 # TRL's keys.

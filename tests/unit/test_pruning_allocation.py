@@ -1,5 +1,6 @@
 """Rates of single matrices: OWL against a textbook version, the search against what it promises."""
 
+import math
 import random
 
 import pytest
@@ -21,7 +22,6 @@ from pipeline.pruning.matrix_pruner import MatrixPruner
 from tests.unit.pruning_models import make_batches, make_model, make_rows
 
 MAGNITUDE = MatrixPruner("magnitude", "matrix", "none")
-LAYERS_OF_OTHER_SIZES = {"num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 80}
 
 
 def weights_of(model):
@@ -126,7 +126,7 @@ def test_dense_kl_is_the_textbook_and_ignores_the_cut():
     model = make_model()
     prompts, completions = make_rows()
     both = [DenseKl(model, make_batches(batch_size=size)) for size in (2, 7)]
-    dense = [model(torch.tensor([p + c])).logits[0] for p, c in zip(prompts, completions)]
+    dense = [model(torch.tensor([p + c])).logits[0] for p, c in zip(*make_rows(), strict=True)]
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(0.3)
     expected, num_tokens = {}, 0
@@ -209,3 +209,100 @@ def test_search_keeps_its_promises(sparsity):
     final = kl_at(make_model(num_hidden_layers=3), result.rates)
     assert final == pytest.approx(falling[-1], rel=1e-4)
     assert final < 0.95 * falling[0] or sparsity == 0
+
+
+def test_search_prunes_a_layer_without_effect():
+    model = make_model()
+    idle = model.model.layers[0]
+    with torch.no_grad():
+        idle.self_attn.o_proj.weight.mul_(1e-5)
+        idle.mlp.down_proj.weight.mul_(1e-5)
+    result = search(model, num_evaluations=40)
+    first, second = (
+        {name: rate for name, rate in result.rates.items() if f"layers.{layer}." in name}
+        for layer in range(2)
+    )
+    sizes = {name: weight.numel() for name, weight in prunable_weights(model).items()}
+    mean = sum(rate * sizes[name] for name, rate in first.items()) / sum(map(sizes.get, first))
+    assert mean > 0.75
+    assert max(second.values()) <= 0.6
+    assert result.kl_best[-1] < 0.4 * result.kl_uniform
+
+
+@pytest.mark.parametrize("num_evaluations", [1, 2, 3, 7])
+def test_budget_counts_every_row(num_evaluations, monkeypatch):
+    rows = []
+    nats = DenseKl.nats
+    monkeypatch.setattr(DenseKl, "nats", lambda self, part: rows.extend(part) or nats(self, part))
+    result = search(make_model(), num_evaluations=num_evaluations)
+    assert result.num_evaluations == len(rows) / 16 <= num_evaluations
+    assert num_evaluations - result.num_evaluations < 1
+    assert bool(result.kl_best) == (num_evaluations > 1)
+
+
+def test_search_repeats_itself_and_hears_the_seed():
+    model = make_model()
+    first, again, other = search(model), search(model), search(model, seed=1)
+    assert first == again
+    assert first.rates != other.rates
+    assert search(model, batch_size=16).rates == first.rates
+
+
+@pytest.mark.parametrize(
+    "pruner",
+    [
+        MatrixPruner("wanda", "row", "none"),
+        MatrixPruner("magnitude", "matrix", "least_squares"),
+        MatrixPruner("sparsegpt", "matrix", "none"),
+    ],
+)
+def test_search_with_any_pruner_and_biases(pruner):
+    model = make_model(attention_bias=True, mlp_bias=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = search(model, pruner=pruner, num_evaluations=12)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert result.kl_best[-1] < result.kl_uniform
+    balanced = pruner.redistribution != "none"
+    assert result.kl_uniform < (0.5 if balanced else math.inf)
+
+
+def test_weights_come_back_after_an_exception(monkeypatch):
+    model, calls, nats = make_model(), [], DenseKl.nats
+
+    def fail_later(self, rows):
+        calls.append(1)
+        if len(calls) == 5:
+            raise RuntimeError("no memory")
+        return nats(self, rows)
+
+    before = weights_of(model)
+    monkeypatch.setattr(DenseKl, "nats", fail_later)
+    with pytest.raises(RuntimeError, match="no memory"):
+        search(model)
+    assert all(torch.equal(before[name], w) for name, w in weights_of(model).items())
+
+
+def test_a_broken_candidate_never_wins():
+    class Broken(MatrixPruner):
+        def __call__(self, name, module, statistics, sparsity):
+            mask, weight = super().__call__(name, module, statistics, sparsity)
+            return mask, weight if sparsity == 0.6 else weight * math.nan
+
+    result = search(make_model(), pruner=Broken("magnitude", "matrix", "none"))
+    assert set(result.rates.values()) == {0.6}
+    assert result.kl_best[-1] == result.kl_uniform < math.inf
+
+
+def test_bad_input_is_named():
+    with pytest.raises(UserError, match=r"prune\.search_evaluations: 0"):
+        search(make_model(), num_evaluations=0)
+    unscored = [
+        batch._replace(labels=torch.full_like(batch.labels, IGNORED_LABEL))
+        for batch in make_batches()
+    ]
+    with pytest.raises(UserError, match=r"calibration\.source"):
+        search_rates(make_model(), unscored, MAGNITUDE, 0.5, num_evaluations=2, seed=0)

@@ -133,6 +133,18 @@ def test_conjugate_gradients_agree_with_cholesky(monkeypatch, sparsity):
     assert (iterative[~mask] == 0).all()
 
 
+def test_the_hessian_is_split_and_not_changed():
+    inputs, _, _, _ = correlated_case(600, 200, 1, 0.5, decay=1.0)
+    hessian = inputs.T @ inputs + torch.eye(200, dtype=torch.float64)
+    kept = hessian.clone()
+    split = split_hessian(hessian, torch.float64)
+    assert torch.equal(hessian, kept)
+    scaled = split.product(torch.eye(200, dtype=torch.float64))
+    torch.testing.assert_close(scaled * split.scale * split.scale[:, None], hessian)
+    values = torch.linalg.eigvalsh(scaled)
+    found = torch.linalg.eigvalsh(scaled - split.rest)[-32:]
+    torch.testing.assert_close(found, values[-32:] - split.level, rtol=0.05, atol=0.05)
+
 
 @pytest.mark.parametrize(("decay", "most_steps"), [(0.0, 8), (1.0, 12), (1.5, 16)])
 @pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.9])

@@ -18,9 +18,10 @@ from pipeline.evaluation.intervals import (
     paired_ratio_interval,
     wilson_interval,
 )
+from pipeline.evaluation.markdown import render_markdown
 from pipeline.evaluation.perplexity import Perplexity
 from pipeline.evaluation.report import Measurements, build_report, write_report
-from pipeline.evaluation.summary import RunDescription, Sample, terminal_summary
+from pipeline.evaluation.summary import RunDescription, Sample, model_table, terminal_summary
 
 NUM_PROMPTS = 200
 PER_LAYER = {
@@ -243,3 +244,20 @@ def test_the_lines_to_try_the_model_run(tmp_path, capsys, prompt):
     script.write_text("\n".join(python))
     runpy.run_path(str(script))
     assert "\na b" in "\n" + capsys.readouterr().out
+
+
+def test_text_perplexity_has_a_column_where_it_was_measured():
+    measured = {
+        name: Measurements(accuracy=accuracy(190), text_perplexity=Perplexity(value, 4000, 512))
+        for name, value in (("dense", 31.5), ("student", None))
+    }
+    report = full_report(models=measured, text_path="other.txt")
+    assert report["text_perplexity"] == {
+        "dense": 31.5, "student": None, "num_tokens": 4000, "seq_len": 512, "on": "other.txt"
+    }  # fmt: skip
+    header, *rows = model_table(report)
+    assert header[-1] == "text perplexity"
+    assert [row[-1] for row in rows] == ["31.5", "not finite"]
+    page = render_markdown(report, description())
+    assert "Text perplexity: per token of other.txt; 4,000 tokens in windows of 512." in page
+    assert "text perplexity" not in model_table(full_report())[0]
