@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 
 STAGES = ("prune", "distill", "grpo", "evaluate", "sweep")
 VERIFIERS = ("exact", "numeric", "gsm8k", "math")
-REWARDS = ("correctness",)
+REWARDS = ("correctness", "format")
 SCOPES = ("matrix", "model", "row")
 
 
@@ -146,6 +146,9 @@ class TaskConfig(_Section):
     """Text added to each prompt after a blank line; empty adds nothing."""
     verifier: Annotated[str, _known_or_dotted(VERIFIERS)] = "exact"
     """exact, numeric, gsm8k, math, or your own function as my.module:function."""
+    time_limit_seconds: float = Field(2.0, gt=0)
+    """Processor time that math or your own verifier has per completion; by the clock 5 times as
+    long."""
     num_train: int = Field(20000, ge=1)
     """Training prompts to generate (bundled task only)."""
     num_calibration: int = Field(256, ge=1)
@@ -235,7 +238,11 @@ class DistillConfig(_TrlSection):
 
 
 class GrpoConfig(_TrlSection):
-    """Reinforcement learning on verified answers. Takes any key of trl.GRPOConfig."""
+    """Reinforcement learning on verified answers. Takes any key of trl.GRPOConfig too."""
+
+    on_trouble: Literal["go_on", "stop"] = "go_on"
+    """At NaN, dead batches, reward collapse or length blow-up: warn and go on, or stop the run with
+    its checkpoints kept."""
 
 
 class RewardsConfig(_Section):
@@ -244,9 +251,11 @@ class RewardsConfig(_Section):
     functions: list[Annotated[str, _known_or_dotted(REWARDS)]] = Field(
         ["correctness"], min_length=1
     )
-    """Rewards per completion: correctness, or your own functions as my.module:function."""
+    """Rewards per completion: correctness, format, or your own functions as my.module:function."""
     weights: list[float] | None = None
     """One factor per function; null is 1 for each."""
+    format_pattern: Name | None = None
+    r"""Regular expression that format searches in each completion; \A and \Z tie it to the ends."""
     teacher_kl_weight: float = Field(0.0, ge=0)
     """Weight of -(log p_student - log p_teacher), added to each token's advantage."""
     teacher_kl_clip: float = Field(5.0, gt=0)

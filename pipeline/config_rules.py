@@ -4,6 +4,7 @@ Each rule yields a `Fault` that says which keys it read, so that the caller can 
 those keys is faulty by itself.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +84,7 @@ def _training_faults(config: Config) -> Iterator[Fault]:
             f"set {len(functions)} of them, or null, instead",
             ("rewards.functions",),
         )
+    yield from _format_faults(config)
     if config.distill.kl_weight == config.distill.ce_weight == 0:
         yield Fault(
             "distill.kl_weight",
@@ -90,6 +92,28 @@ def _training_faults(config: Config) -> Iterator[Fault]:
             "with distill.ce_weight 0 too the loss is always 0",
             "set one of the two above 0 instead",
             ("distill.ce_weight",),
+        )
+
+
+def _format_faults(config: Config) -> Iterator[Fault]:
+    """The reward `format` and its pattern come together."""
+    pattern, is_used = config.rewards.format_pattern, "format" in config.rewards.functions
+    if is_used != (pattern is not None):
+        yield Fault(
+            "rewards.format_pattern",
+            pattern,
+            f"rewards.functions {'names' if is_used else 'does not name'} format",
+            "set a regular expression instead" if is_used else "set null, or add format there",
+            ("rewards.functions",),
+        )
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        yield Fault(
+            "rewards.format_pattern",
+            pattern,
+            f"no regular expression ({error})",
+            "mend it; https://docs.python.org/3/library/re.html says what it may hold",
         )
 
 

@@ -60,7 +60,12 @@ KEYS_READ = {
 }
 """Single keys of other sections that are inputs too."""
 
-HARMLESS_KEYS = {"teacher.micro_batch_size", "calibration.batch_size", "evaluate.batch_size"}
+HARMLESS_KEYS = {
+    "teacher.micro_batch_size",
+    "calibration.batch_size",
+    "evaluate.batch_size",
+    "grpo.on_trouble",
+}
 HARMLESS_PREFIXES = ("logging_", "log_", "report_to", "disable_tqdm", "save_", "run_name", "hub_")
 """Keys that change no result: a stage with results does not mind them."""
 

@@ -12,6 +12,7 @@ from pipeline.stages.inputs import TaskInputs, open_student, open_teacher
 from pipeline.stages.training import stage_sparsity, train
 from pipeline.training.arguments import grpo_arguments
 from pipeline.training.grpo_trainer import TeacherGRPOTrainer
+from pipeline.training.watch import WatchCallback
 from rewards.mix import build_rewards
 
 
@@ -21,7 +22,9 @@ def run(
     """Trains with the reward mix of the config."""
     values = config.rewards
     try:
-        functions, weights = build_rewards(values.functions, values.weights, inputs.verifier)
+        functions, weights = build_rewards(
+            values.functions, values.weights, inputs.verifier, values.format_pattern
+        )
     except ValueError as error:
         raise UserError(f"rewards.functions: {error}") from error
     teacher = open_teacher(config) if values.teacher_kl_weight > 0 else None
@@ -38,6 +41,7 @@ def run(
         teacher_kl_clip=values.teacher_kl_clip,
         teacher_micro_batch_size=config.teacher.micro_batch_size,
     )
+    trainer.add_callback(WatchCallback("grpo", config.grpo.on_trouble, values.teacher_kl_weight))
     train(trainer, stage_sparsity(config, folder, "grpo", source), out, checkpoint)
 
 

@@ -60,7 +60,7 @@ def open_task(config: Config) -> TaskInputs:
         student.path, revision=student.revision, trust_remote_code=student.trust_remote_code
     )
     try:
-        verifier = find_verifier(values.verifier)
+        verifier = find_verifier(values.verifier, values.time_limit_seconds)
     except ValueError as error:
         raise UserError(f"task.verifier: {error}") from error
     answer = task.test[0].answer

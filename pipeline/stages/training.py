@@ -4,6 +4,7 @@ Every rank runs what is here; rank 0 writes the model and the JSON files.
 """
 
 import logging
+import math
 from pathlib import Path
 
 import torch
@@ -135,9 +136,14 @@ def train(trainer: Trainer, sparsity: Sparsity, out: Path, checkpoint: Path | No
     if is_main():
         save_masks(out / MASK_FILE, masks)
         write_json(out / "refinements.json", sparsity.refinements)
-        write_json(out / "log_history.json", trainer.state.log_history)
+        write_json(out / "log_history.json", [_finite(logs) for logs in trainer.state.log_history])
     wait_for_all()
     forget_deepspeed()
+
+
+def _finite(logs: dict[str, float]) -> dict[str, float]:
+    """Logs without what JSON cannot hold, such as the gradient norm of a skipped step."""
+    return {key: value for key, value in logs.items() if math.isfinite(value)}
 
 
 def _save_student(trainer: Trainer, out: Path) -> None:

@@ -1,12 +1,15 @@
-"""The teacher term, the reward mix and functions by dotted path."""
+"""The teacher term, the format reward, the mix and functions by dotted path."""
 
+import pickle
 import sys
+import time
 
 import pytest
 import torch
 
 from rewards.correctness import Correctness, exact
 from rewards.dotted import load_function
+from rewards.format import Format
 from rewards.mix import build_rewards
 from rewards.teacher_kl import combine, teacher_advantages
 
@@ -103,6 +106,45 @@ def test_mix_builds_functions_and_weights_in_order(user_folder):
     assert isinstance(functions[1], Correctness)
     assert functions[1](prompts=["p"], completions=["1"], answer=["1"]) == [1.0]
     assert build_rewards(["correctness"], None, exact)[1] == [1.0]
+    (form,), _ = build_rewards(["format"], None, exact, format_pattern=r"\A\d+\Z")
+    assert form(["p"] * 2, ["12", "12\n"]) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "completion", "reward"),
+    [
+        (r"#### -?\d+\Z", "so\n#### 42", 1),
+        (r"#### -?\d+\Z", "#### 42 apples", 0),
+        (r"\A<think>.*</think>.+\Z", "<think>a\nb</think>c", 0),
+        (r"(?s)\A<think>.*</think>.+\Z", "<think>a\nb</think>c", 1),
+        ("", "", 1),
+        ("\ud800\x00", "a\ud800\x00", 1),
+        ("[0-9]", "٤٢", 0),
+    ],
+)
+def test_format_by_hand(pattern, completion, reward):
+    function = Format(pattern)
+    assert function.__name__ == "format"
+    assert function(prompts=["p"], completions=[completion], answer=["1"]) == [float(reward)]
+    assert function(["p"], [[{"role": "assistant", "content": completion}]]) == [float(reward)]
+
+
+def test_format_with_an_exponential_expression_does_not_hang():
+    function, logged = Format("(a+)+b", seconds=0.3), {}
+    start = time.monotonic()
+    texts = ["aab", "a" * 50, "ab"]
+    assert function(["p"] * 3, texts, log_metric=logged.__setitem__) == [1.0, 0.0, 1.0]
+    assert time.monotonic() - start < 10
+    assert logged == {"rewards/format/timed_out": 1 / 3, "rewards/format/failed": 0.0}
+    copy = pickle.loads(pickle.dumps(function))
+    assert copy(["p"], ["aab"]) == [1.0]
+
+
+def test_format_refuses_what_is_no_expression():
+    with pytest.raises(ValueError, match=r"^'\(' is no regular expression: missing \)"):
+        Format("(")
+    with pytest.raises(ValueError, match=r"^'format' needs a regular expression"):
+        build_rewards(["format"], None, exact)
 
 
 @pytest.mark.parametrize(
