@@ -3,6 +3,7 @@
     python launch/benchmark.py --suite step        a GRPO step of the quickstart
     python launch/benchmark.py --suite engine      the engine alone, by model shape
     python launch/benchmark.py --suite clipping    what the gradient norm does to movement
+    python launch/benchmark.py --suite prune       one-shot methods on one layer, by shape
 
 Each writes `results/benchmark_SUITE.json`: medians and quartiles, with hardware, date, versions and
 commit. `OMP_NUM_THREADS` sets torch's threads.
@@ -22,6 +23,7 @@ from pipeline.artifacts import git_commit, installed_versions, write_json
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs" / "benchmark"
 BAD_INPUT = 2
 
 
@@ -58,7 +60,11 @@ def measure(arguments: argparse.Namespace) -> dict:
     elif arguments.suite == "engine":
         from launch.benchmarks import engine as suite
 
-        result = suite.run(arguments.config)
+        result = suite.run(arguments.config or CONFIGS / "engine.yaml")
+    elif arguments.suite == "prune":
+        from launch.benchmarks import prune as suite
+
+        result = suite.run(arguments.config or CONFIGS / "prune.yaml")
     else:
         from launch.benchmarks import clipping as suite
 
@@ -70,13 +76,12 @@ def measure(arguments: argparse.Namespace) -> dict:
 def main() -> int:
     """Runs one suite, prints it and writes it to `results/`. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--suite", choices=["step", "engine", "clipping"], required=True)
+    parser.add_argument("--suite", choices=["step", "engine", "clipping", "prune"], required=True)
     parser.add_argument("--steps", type=int, default=100, help="of suites step and clipping")
     parser.add_argument(
         "--config",
         type=Path,
-        default=ROOT / "configs" / "benchmark" / "engine.yaml",
-        help="model shapes of suite engine",
+        help="shapes of suites engine and prune; default: configs/benchmark/SUITE.yaml",
     )
     parser.add_argument("--output", type=Path, help="default: results/benchmark_SUITE.json")
     arguments = parser.parse_args()

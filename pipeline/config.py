@@ -129,6 +129,8 @@ class TeacherConfig(_Section):
     """Type of the weights in memory; bfloat16 halves the teacher's memory."""
     micro_batch_size: int = Field(64, ge=1)
     """Sequences in one teacher forward pass; lower it when memory runs out."""
+    placement: Literal["device", "cpu", "zero3"] = "device"
+    """In grpo: beside the student, in the host's memory, or in pieces on all ranks (ZeRO-3)."""
 
 
 class TaskConfig(_Section):
@@ -257,9 +259,16 @@ class RewardsConfig(_Section):
     format_pattern: Name | None = None
     r"""Regular expression that format searches in each completion; \A and \Z tie it to the ends."""
     teacher_kl_weight: float = Field(0.0, ge=0)
-    """Weight of -(log p_student - log p_teacher), added to each token's advantage."""
+    """Weight of the KL to the teacher; 0 leaves the teacher out."""
+    teacher_kl_place: Literal["advantage", "reward", "loss"] = "advantage"
+    """Where it acts: -(log p_student - log p_teacher) on each token's advantage, its mean over the
+    completion as a reward, or the KL over the vocabulary in the loss."""
     teacher_kl_clip: float = Field(5.0, gt=0)
-    """Largest absolute value of that log ratio, in nats per token."""
+    """Largest absolute value of that log ratio, in nats per token; not used in the loss."""
+    teacher_kl_direction: Literal["forward", "reverse"] = "forward"
+    """In the loss: KL(teacher || student), or KL(student || teacher)."""
+    teacher_kl_top_k: int | None = Field(None, ge=1)
+    """In the loss: how many of the teacher's largest probabilities count singly; null is all."""
 
 
 class MovementConfig(_Section):

@@ -118,8 +118,19 @@ def _format_faults(config: Config) -> Iterator[Fault]:
 
 
 def _teacher_term_faults(config: Config) -> Iterator[Fault]:
-    """The per-token teacher term needs a loss that weighs tokens one by one."""
-    if config.rewards.teacher_kl_weight == 0:
+    """A per-token teacher term needs a loss that weighs tokens; some keys belong to one place."""
+    rewards = config.rewards
+    for name, usual in (("teacher_kl_direction", "forward"), ("teacher_kl_top_k", None)):
+        value = getattr(rewards, name)
+        if value != usual and rewards.teacher_kl_place != "loss":
+            yield Fault(
+                f"rewards.{name}",
+                value,
+                f"belongs to rewards.teacher_kl_place loss, and that is {rewards.teacher_kl_place}",
+                f"set {'null' if usual is None else usual}, or teacher_kl_place: loss, instead",
+                ("rewards.teacher_kl_place",),
+            )
+    if rewards.teacher_kl_weight == 0 or rewards.teacher_kl_place != "advantage":
         return
     for key, value, token_wise in (
         ("loss_type", "vespo", "dapo"),

@@ -62,6 +62,7 @@ KEYS_READ = {
 
 HARMLESS_KEYS = {
     "teacher.micro_batch_size",
+    "teacher.placement",
     "calibration.batch_size",
     "evaluate.batch_size",
     "grpo.on_trouble",

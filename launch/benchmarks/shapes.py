@@ -1,7 +1,8 @@
-"""Model shapes of the engine suite: YAML to Llamas with random weights."""
+"""Model shapes of the suites: YAML to Llamas with random weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -65,8 +66,15 @@ class Shapes:
     """Only the bytes sent are counted."""
 
 
-def load_shapes(path: Path) -> Shapes:
-    """Reads the suite's YAML.
+Kind = TypeVar("Kind")
+
+
+def load_shapes(path: Path, kind: type[Kind] = Shapes) -> Kind:
+    """Reads a suite's YAML.
+
+    Args:
+        path: The file.
+        kind: Dataclass of what it holds.
 
     Raises:
         UserError: It cannot be read, or a key is missing, unknown or of the wrong type.
@@ -78,7 +86,7 @@ def load_shapes(path: Path) -> Shapes:
     if duplicates:
         raise UserError(f"--config: {path}: {'; '.join(duplicates)}")
     try:
-        return TypeAdapter(Shapes).validate_python(values)
+        return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise UserError(f"--config: {path}: {'; '.join(faults)}") from error

@@ -7,9 +7,10 @@ proposes them. The search is EvoPress-style (arXiv 2410.14649), evolution over a
    (`allocation_levels.py`).
 2. Fitness. A candidate, one level per matrix, is stitched together from the database; its KL to the
    dense model, in nats per scored token, is taken on the calibration rows (`dense_kl.py`).
-3. Generation. The parent's mutants go through successive selection, on rows drawn anew: all on an
-   eighth of them, the best on half, one on all. The parent, measured on all rows, competes in each
-   step, and is only replaced by a candidate with a lower KL on all rows.
+3. Generation. The parent's mutants go through successive selection, on rows drawn anew: all on
+   1/32 of them, the best on more and more, one on all. The parent, measured on all rows, competes
+   in each step, and is only replaced by a candidate with a lower KL on all rows. A generation costs
+   about four evaluations.
 
 The first parent is uniform, so the result is never worse than uniform on these rows, as stitched.
 The database has seen dense inputs and the pruning that follows sees pruned ones: which candidate is
@@ -38,9 +39,9 @@ from pipeline.pruning.dense_kl import DenseKl
 from pipeline.pruning.matrix_pruner import MatrixPruner
 from pipeline.pruning.redistribution import balanced_bias
 
-NUM_MUTANTS = 16
-"""Mutants of a generation; fewer where the budget ends."""
-SELECTION = ((1 / 8, 4), (1 / 2, 1), (1, 1))
+NUM_MUTANTS = 64
+"""Mutants of a generation; fewer with few rows, and where the budget ends."""
+SELECTION = ((1 / 32, 8), (1 / 8, 2), (1 / 2, 1), (1, 1))
 """Steps of successive selection: share of the rows seen so far, and how many candidates stay."""
 MAX_DRAWS = 100
 """Draws of a mutant before the neighbourhood counts as searched."""
@@ -216,9 +217,8 @@ class _Evolution:
     def _mutants(self, parent: Candidate, seen: set[Candidate]) -> list[Candidate]:
         """New candidates, as many as the rest of the budget can judge; marks them as seen."""
         mutants: list[Candidate] = []
-        while (
-            len(mutants) < NUM_MUTANTS and self._cost(len(mutants) + 1) <= self.budget - self.used
-        ):
+        most, left = min(NUM_MUTANTS, 2 * self.kl.num_rows), self.budget - self.used
+        while len(mutants) < most and self._cost(len(mutants) + 1) <= left:
             draws = (self.space.mutant(parent, self.rng) for _ in range(MAX_DRAWS))
             mutant = next((draw for draw in draws if draw and draw not in seen), None)
             if mutant is None:
@@ -240,12 +240,10 @@ class _Evolution:
                 nats.update(self._evaluate(candidate, [row for row in rows if row not in nats]))
                 total[candidate] = sum(nats[row] for row in rows)
             pool = {c: pool[c] for c in sorted(pool, key=total.get)[:num_kept]}
-        winner, nats = next(iter(pool.items()))
-        return (
-            (winner, nats)
-            if sum(nats.values()) < sum(parent_nats.values())
-            else (parent, parent_nats)
-        )
+        ((winner, nats),) = pool.items()
+        if sum(nats.values()) < sum(parent_nats.values()):
+            return winner, nats
+        return parent, parent_nats
 
     def _cost(self, num_mutants: int) -> int:
         """Rows that a generation evaluates at most."""

@@ -28,7 +28,7 @@ from torch import Tensor
 
 MAX_RANK = 128
 """Most eigenpairs that are split off; sqrt(2 in) of them cost about one product with H."""
-SUBSPACE_ROUNDS = 2
+SUBSPACE_ROUNDS = 4
 """Products with H that find them."""
 TOLERANCE = 1e-4
 """Least gain of a step, as a fraction of the gain of all steps, to go on."""
@@ -53,7 +53,7 @@ class SplitHessian:
 
     def product(self, rows: Tensor) -> Tensor:
         """(rows, in) times the scaled H; only the factor R is rounded."""
-        image = _reduced_product(rows, self.rest)
+        image = reduced_product(rows, self.rest)
         return image.addmm_((rows @ self.vectors).mul_(self.excess), self.vectors.T)
 
 
@@ -105,7 +105,7 @@ def _solve(
 ) -> Tensor:
     """The same for a chunk of rows; `products` are (in, pairs), of the columns of V."""
     mask = mask.to(target.dtype)
-    inner = _inner_factor(hessian, _reduced_product(mask, products))
+    inner = _inner_factor(hessian, reduced_product(mask, products))
     solution = start.to(target.dtype) * hessian.scale * mask
     residual = (target / hessian.scale).sub_(hessian.product(solution)).mul_(mask)
     direction = torch.zeros_like(residual)
@@ -159,8 +159,11 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.where(denominator > 0, numerator / denominator, 0.0)
 
 
-def _reduced_product(left: Tensor, right: Tensor) -> Tensor:
-    """Matrix product whose fp32 factors are rounded to TF32 or bfloat16 where that is faster."""
+def reduced_product(left: Tensor, right: Tensor) -> Tensor:
+    """Matrix product whose fp32 factors are rounded to TF32 or bfloat16 where that is faster.
+
+    For steps that later steps correct. The caller's own setting stays as it is.
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:

@@ -55,7 +55,7 @@ def sparsegpt_weight(
     dtype = torch.promote_types(weight.dtype, torch.float32)
     factor = statistics.inverse_factor.to(dtype)
     importance = (statistics.input_norm > 0) / statistics.inverse_factor.diagonal().square()
-    columns = weight.detach().to(dtype).t().contiguous()
+    columns = weight.detach().to(dtype).t().clone(memory_format=torch.contiguous_format)
     mask = torch.ones_like(columns, dtype=torch.bool)
     run = BLOCK_COLUMNS if scope in ("matrix", "row") else parse_n_m(scope)[1]
     block = max(run, BLOCK_COLUMNS // run * run)

@@ -37,11 +37,17 @@ def run(
         train_dataset=as_dataset(inputs.task.train, inputs),
         processing_class=inputs.tokenizer,
         teacher=teacher,
+        teacher_placement=config.teacher.placement,
+        teacher_kl_place=values.teacher_kl_place,
         teacher_kl_weight=values.teacher_kl_weight,
         teacher_kl_clip=values.teacher_kl_clip,
+        teacher_kl_direction=values.teacher_kl_direction,
+        teacher_kl_top_k=values.teacher_kl_top_k,
         teacher_micro_batch_size=config.teacher.micro_batch_size,
     )
-    trainer.add_callback(WatchCallback("grpo", config.grpo.on_trouble, values.teacher_kl_weight))
+    in_reward = values.teacher_kl_place == "reward"
+    watched_weight = 0.0 if in_reward else values.teacher_kl_weight
+    trainer.add_callback(WatchCallback("grpo", config.grpo.on_trouble, watched_weight))
     train(trainer, stage_sparsity(config, folder, "grpo", source), out, checkpoint)
 
 

@@ -54,6 +54,7 @@ logger = logging.getLogger(__name__)
 
 HARMLESS_KEYS = (
     ("teacher", "micro_batch_size"),
+    ("teacher", "placement"),
     ("calibration", "batch_size"),
     ("evaluate", "batch_size"),
     ("evaluate", "num_samples"),

@@ -46,7 +46,7 @@ def cached_rollouts(
     """
     path = folder.root / "rollouts" / f"{name}.jsonl"
     provenance = {
-        "teacher": config.teacher.model_dump(exclude={"micro_batch_size"}),
+        "teacher": config.teacher.model_dump(exclude={"micro_batch_size", "placement"}),
         "task": config.task.model_dump(),
         "seed": config.run.seed,
         "num_rollouts": num_rollouts,

@@ -1,21 +1,52 @@
-"""TRL's GRPOTrainer plus a per-token teacher term in the advantage.
+"""TRL's GRPOTrainer with a pull towards a frozen teacher, in one of three places.
 
-GRPO gives each completion one advantage (B,). The teacher adds one for each sampled token (B, T):
+`rewards/teacher_kl.py` has the formulas and how each place meets clipping and `scale_rewards`; here
+is where the log-probabilities come from:
 
-    A[b, t] = A_group[b] - weight * clip(log p_student[b, t] - log p_teacher[b, t])
+    place       teacher                            student
+    advantage   sampled tokens, when scored        of the loss, which has just computed them
+    reward      sampled tokens, when rewarded      TRL's `old_per_token_logps` where it has them,
+                                                   else one forward pass without gradients
+    loss        its distribution, or the k         of the loss: one forward pass and one head for
+                largest parts of it, when scored   log-probability, entropy and KL
 
-(reverse KL, k1 estimator, as in KDRL, arXiv 2506.02208; see `rewards/teacher_kl.py`). The term is
-formed where the loss has just computed the student's log-probabilities, so the student runs no
-second forward; the teacher's are added to TRL's batch when the completions are scored.
+The student runs a second forward pass for the reward only, and only where TRL runs none. TRL has
+`old_per_token_logps` before it rewards when gradient_accumulation_steps is not a multiple of
+steps_per_generation * num_iterations, and under vLLM with its importance-sampling correction; by
+default it has none. The pass costs about a third of a training step's forward and backward.
+
+For `loss` with top_k null the teacher's whole distribution waits with the batch: 4 bytes x
+vocabulary for each completion token of a generation batch, at most `MAX_TARGET_BYTES`. With top_k
+it is 12 k + 4 bytes a token, and no more than `MAX_LOGITS` logits of either model exist at once.
+
+Left out: what the student's other logits say in `advantage` and `reward`; evaluation by TRL.
 """
 
-import torch
-from transformers import PreTrainedModel
-from trl import GRPOTrainer
+from collections.abc import Callable
 
-from pipeline.models.teacher import completion_log_probs
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from trl import GRPOConfig, GRPOTrainer
+
+from pipeline.errors import UserError
+from pipeline.models.chunked_head import chunked_head, score_completions
+from pipeline.models.teacher import completion_log_probs, completion_targets
 from pipeline.training.sparse_trainer import SparseTrainer
-from rewards.teacher_kl import combine, teacher_advantages
+from pipeline.training.teacher_placement import place_teacher
+from rewards.teacher_kl import (
+    combine,
+    log_ratios,
+    merge_rest,
+    sequence_rewards,
+    teacher_advantages,
+    vocabulary_kl,
+)
+
+PLACES = ("advantage", "reward", "loss")
+
+MAX_TARGET_BYTES = 4 * 2**30
+"""Of the teacher's whole distributions over one generation batch of a rank."""
 
 
 class TeacherGRPOTrainer(SparseTrainer, GRPOTrainer):
@@ -23,72 +54,222 @@ class TeacherGRPOTrainer(SparseTrainer, GRPOTrainer):
 
     def __init__(
         self,
-        *args,
+        *,
+        args: GRPOConfig,
+        reward_funcs: list[Callable],
         teacher: PreTrainedModel | None = None,
+        teacher_placement: str = "device",
+        teacher_kl_place: str = "advantage",
         teacher_kl_weight: float = 0.0,
         teacher_kl_clip: float = 5.0,
+        teacher_kl_direction: str = "forward",
+        teacher_kl_top_k: int | None = None,
         teacher_micro_batch_size: int = 64,
         **kwargs,
     ):
-        """All arguments of `GRPOTrainer`, and the teacher's.
+        """All arguments of `GRPOTrainer`, by name, and the teacher's.
 
         Args:
-            *args: As in `GRPOTrainer`.
-            teacher: Frozen model with the student's vocabulary; None leaves the term out.
-            teacher_kl_weight: Advantage per nat.
-            teacher_kl_clip: Bound of one token's term, in nats.
+            args: TRL's.
+            reward_funcs: TRL's; in place reward `teacher_kl` is appended to them, and
+                its weight to `args.reward_weights`.
+            teacher: Model with the student's vocabulary; None leaves the term out.
+            teacher_placement: `device`, `cpu` or `zero3`, see `teacher_placement.py`.
+            teacher_kl_place: `advantage`, `reward` or `loss`.
+            teacher_kl_weight: Advantage, reward or loss per nat.
+            teacher_kl_clip: Bound of one token's log ratio in nats; not used in loss.
+            teacher_kl_direction: In loss: `forward`, KL(teacher || student), or `reverse`.
+            teacher_kl_top_k: In loss: how many of the teacher's probabilities are kept one by one;
+                None keeps all.
             teacher_micro_batch_size: Sequences in one teacher forward.
             **kwargs: As in `GRPOTrainer`.
+
+        Raises:
+            UserError: The placement or the place does not go with the other settings.
         """
-        super().__init__(*args, **kwargs)
-        self.teacher = teacher
+        assert teacher_kl_place in PLACES
+        self.teacher_kl_place = None if teacher is None else teacher_kl_place
+        if self.teacher_kl_place == "reward":
+            weights = args.reward_weights or [1.0] * len(reward_funcs)
+            args.reward_weights = [*weights, teacher_kl_weight]
+            reward_funcs = [*reward_funcs, self.teacher_kl]
+        super().__init__(args=args, reward_funcs=reward_funcs, **kwargs)
         self.teacher_kl_weight = teacher_kl_weight
         self.teacher_kl_clip = teacher_kl_clip
+        self.teacher_kl_direction = teacher_kl_direction
+        self.teacher_kl_top_k = teacher_kl_top_k
         self.teacher_micro_batch_size = teacher_micro_batch_size
         self._loss_inputs: dict | None = None
+        self._old_log_probs: Tensor | None = None
+        self.teacher = None
         if teacher is not None:
-            teacher.to(self.accelerator.device)
+            self.teacher = place_teacher(teacher, teacher_placement, self.accelerator)
+        if self.teacher_kl_place == "loss":
+            self._student_head = chunked_head(self.accelerator.unwrap_model(self.model))
+            self._check_loss_place()
+
+    def teacher_kl(self, prompts, completions, completion_ids, log_metric, **columns):
+        """TRL reward function of place reward.
+
+        Args:
+            prompts: B prompts as texts or messages.
+            completions: Not read.
+            completion_ids: Their tokens, B lists.
+            log_metric: TRL's.
+            columns: The dataset's; not read.
+
+        Returns:
+            B rewards in nats per token, before `teacher_kl_weight`.
+        """
+        batch = self._padded(self._tokenize_prompts(prompts)[0], completion_ids)
+        mask = batch[1][:, -batch[2] :]
+        student = self._old_log_probs
+        if student is None or self.mask_truncated_completions:  # TRL skips truncated ones
+            with torch.no_grad():
+                student, _, _ = super()._get_per_token_logps_and_entropies(
+                    self.model, *batch, batch_size=self.args.per_device_train_batch_size
+                )
+        student = student[:, : batch[2]]
+        teacher = completion_log_probs(self.teacher, *batch, **self._teacher_arguments())
+        ratios = log_ratios(student, teacher, mask)
+        log_metric("teacher_kl", (ratios.sum() / mask.sum().clamp(min=1)).item())
+        return sequence_rewards(student, teacher, mask, self.teacher_kl_clip).tolist()
 
     def _generate_and_score_completions(self, inputs):
+        self._old_log_probs = None
         output = super()._generate_and_score_completions(inputs)
-        if self.teacher is not None:
+        self._old_log_probs = None
+        batch = _sequences(output)
+        if self.teacher_kl_place == "advantage":
             output["teacher_log_probs"] = completion_log_probs(
-                self.teacher,
-                torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
-                torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
-                output["completion_ids"].size(1),
-                micro_batch_size=self.teacher_micro_batch_size,
-                temperature=self.temperature,
+                self.teacher, *batch, **self._teacher_arguments()
             )
+        elif self.teacher_kl_place == "loss":
+            targets, indices = completion_targets(
+                self.teacher, *batch, top_k=self.teacher_kl_top_k, **self._teacher_arguments()
+            )
+            output["teacher_targets"] = targets
+            if indices is not None:
+                output["teacher_indices"] = indices
         return output
 
     def _compute_loss(self, model, inputs):
         self._loss_inputs = dict(inputs)
         try:
-            return super()._compute_loss(model, self._loss_inputs)
+            loss = super()._compute_loss(model, self._loss_inputs)
+            if self.teacher_kl_place == "loss":
+                loss = loss + self.teacher_kl_weight * self._mean_kl()
+            return loss
         finally:
             self._loss_inputs = None
 
-    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-        log_probs, entropies, auxiliary_loss = super()._get_per_token_logps_and_entropies(
-            *args, **kwargs
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, **kwargs
+    ):
+        if self._loss_inputs is not None and self.teacher_kl_place == "loss":
+            return self._scores_with_kl(model, input_ids, attention_mask, logits_to_keep)
+        scores = super()._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, logits_to_keep, **kwargs
         )
-        if self._loss_inputs is not None and self.teacher is not None:
-            self._add_teacher_advantages(log_probs.detach())
-        return log_probs, entropies, auxiliary_loss
+        if self._loss_inputs is not None and self.teacher_kl_place == "advantage":
+            self._add_teacher_advantages(scores[0].detach())
+        elif self._loss_inputs is None and model is self.model:
+            self._old_log_probs = scores[0]
+        return scores
 
-    def _add_teacher_advantages(self, student_log_probs: torch.Tensor) -> None:
+    def _add_teacher_advantages(self, student_log_probs: Tensor) -> None:
         """Replaces the advantages (B,) by (B, T), before the present loss reads them."""
         inputs = self._loss_inputs
-        mask = inputs["completion_mask"]
-        term = teacher_advantages(
-            student_log_probs,
-            inputs["teacher_log_probs"],
-            mask,
-            weight=self.teacher_kl_weight,
-            clip=self.teacher_kl_clip,
-        )
+        batch = student_log_probs, inputs["teacher_log_probs"], inputs["completion_mask"]
+        term = teacher_advantages(*batch, weight=self.teacher_kl_weight, clip=self.teacher_kl_clip)
         inputs["advantages"] = combine(inputs["advantages"], term)
+        self._log_teacher_kl(log_ratios(*batch))
+
+    def _scores_with_kl(self, model, input_ids, attention_mask, num_completion):
+        """Log-probability, entropy and KL of each completion token, from one head."""
+        inputs = self._loss_inputs
+        present = inputs["completion_mask"].bool()
+        tokens = inputs["completion_ids"][present]
+        targets = inputs["teacher_targets"][present]
+        indices = inputs["teacher_indices"][present] if "teacher_indices" in inputs else None
+
+        def score(logits: Tensor, chosen: slice) -> Tensor:
+            log_probs = (logits / self.temperature).log_softmax(-1)
+            entropy = -(log_probs.exp() * log_probs).sum(-1)
+            sampled = log_probs.gather(-1, tokens[chosen].unsqueeze(-1)).squeeze(-1)
+            merged = log_probs if indices is None else merge_rest(log_probs, indices[chosen])
+            kl = vocabulary_kl(merged, targets[chosen], self.teacher_kl_direction)
+            return torch.stack([sampled, entropy, kl], -1)
+
+        with self.accelerator.autocast():
+            scores = score_completions(
+                model, self._student_head, input_ids, attention_mask, num_completion, score
+            )
+        log_probs, entropies, kl = scores.unbind(-1)
+        inputs["vocabulary_kl"] = kl
+        self._log_teacher_kl(kl.detach())
+        return log_probs, entropies, None
+
+    def _mean_kl(self) -> Tensor:
+        """This micro-batch's part of the mean over all completion tokens of the optimizer step.
+
+        TRL counts the tokens of the generation batch over all ranks, over which gradients are then
+        averaged.
+        """
+        num_tokens = self._loss_inputs["num_items_in_batch"].clamp(min=1)
+        share = self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        return (
+            self._loss_inputs["vocabulary_kl"].sum()
+            * self.accelerator.num_processes
+            / (num_tokens * share)
+        )
+
+    def _log_teacher_kl(self, nats: Tensor) -> None:
+        """Notes the mean over completion tokens of all ranks; `nats` (B, T) is 0 at padding."""
+        num_tokens = self._loss_inputs["completion_mask"].sum().to(nats)
+        total = self.accelerator.reduce(torch.stack([nats.sum(), num_tokens]), reduction="sum")
         mode = "train" if self.model.training else "eval"
-        reverse_kl = ((student_log_probs - inputs["teacher_log_probs"]) * mask).sum() / mask.sum()
-        self._metrics[mode]["teacher_kl"].append(self.accelerator.gather(reverse_kl).mean().item())
+        self._metrics[mode]["teacher_kl"].append((total[0] / total[1].clamp(min=1)).item())
+
+    def _teacher_arguments(self) -> dict:
+        return {
+            "micro_batch_size": self.teacher_micro_batch_size,
+            "temperature": self.temperature,
+        }
+
+    def _padded(self, prompt_ids: list, completion_ids: list) -> tuple[Tensor, Tensor, int]:
+        """Token ids and attention mask (B, P + T), prompts to the left, completions right; T."""
+        num_prompt = max(len(ids) for ids in prompt_ids)
+        num_completion = max(len(ids) for ids in completion_ids)
+        size = len(prompt_ids), num_prompt + num_completion
+        ids, mask = torch.full(size, self._tokenizer.pad_token_id), torch.zeros(size).long()
+        for row, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
+            text = slice(num_prompt - len(prompt), num_prompt + len(completion))
+            ids[row, text] = torch.tensor([*prompt, *completion])
+            mask[row, text] = 1
+        device = self.accelerator.device
+        return ids.to(device), mask.to(device), num_completion
+
+    def _check_loss_place(self) -> None:
+        """Refuses what the chunked head does not do, and targets that fill the memory."""
+        if self.args.cast_lm_head_to_fp32:
+            raise UserError(
+                "grpo.cast_lm_head_to_fp32: true: under rewards.teacher_kl_place loss the head "
+                "computes in the type of grpo.bf16 and sums in fp32; set false instead"
+            )
+        vocab_size = self._student_head.out_features
+        num_tokens = self.args.per_device_train_batch_size * self.args.steps_per_generation
+        num_tokens *= self.max_completion_length
+        if self.teacher_kl_top_k is None and num_tokens * vocab_size * 4 > MAX_TARGET_BYTES:
+            raise UserError(
+                "rewards.teacher_kl_top_k: null: the teacher's probabilities over a generation "
+                f"batch, {num_tokens} tokens x {vocab_size} entries, would take "
+                f"{num_tokens * vocab_size * 4 / 2**30:.0f} GiB on each rank; set 64 instead"
+            )
+
+
+def _sequences(output: dict) -> tuple[Tensor, Tensor, int]:
+    """Token ids and attention mask (B, P + T) of a batch of TRL's, and T."""
+    ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+    mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+    return ids, mask, output["completion_ids"].size(1)

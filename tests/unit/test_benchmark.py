@@ -13,6 +13,8 @@ from launch.benchmarks import engine
 from launch.benchmarks.clipping import compare
 from launch.benchmarks.communication import Communicated, distinct
 from launch.benchmarks.optimizer_step import ADAMW_BYTES, RULES, engine_bytes
+from launch.benchmarks.peak_memory import PeakMemory
+from launch.benchmarks.prune_layer import LayerBench, LayerShape, LayerShapes
 from launch.benchmarks.shapes import load_shapes
 from launch.benchmarks.timing import Side, alternate, ratios, summary
 from pipeline.errors import UserError
@@ -66,6 +68,88 @@ def test_engine_suite_writes_every_figure(tmp_path, monkeypatch):
     assert tied["wide"]["num_weights"] > 3 * tied["narrow"]["num_weights"]
     assert tied["wide"]["bytes"] < 2 * tied["narrow"]["bytes"]
     assert any(row["what"].startswith("bytes sent") for row in result["goals"])
+
+
+PRUNE_CONFIG = """
+sparsities: [0.5]
+iterative_sparsities: [0.75]
+layers:
+  small: {hidden_size: 32, intermediate_size: 64, num_heads: 2, num_key_value_heads: 1,
+          vocab_size: 64, batch_size: 4, sequence_length: 16, num_rounds: 2,
+          wanda_goal: 1e9, least_squares_goal: 0.0}
+  once: {hidden_size: 16, intermediate_size: 32, num_heads: 2, num_key_value_heads: 2,
+         vocab_size: 64, batch_size: 4, sequence_length: 8, num_rounds: 1}
+  large: {hidden_size: 16, intermediate_size: 32, device: cuda, num_rounds: 1}
+"""
+
+
+@pytest.mark.slow
+def test_prune_suite_writes_every_method(tmp_path):
+    (tmp_path / "layers.yaml").write_text(PRUNE_CONFIG)
+    output = tmp_path / "prune.json"
+    benchmark("--suite", "prune", "--config", tmp_path / "layers.yaml", "--output", output)
+    result = json.loads(output.read_text())
+    small = result["layers"]["small"]
+    assert small["num_weights"] == 32 * (32 + 16 + 16 + 32) + 3 * 32 * 64
+    assert small["num_tokens"] == 64
+    assert small["calibration"].keys() == {
+        "forward pass alone", "with second moments", "with both streams' moments", "movement",
+        "wanda, whole",
+    }  # fmt: skip
+    assert small["calibration"]["forward pass alone"]["ratio"]["median"] == 1.0
+    assert small["sparsities"]["0.5"].keys() == {
+        "magnitude", "wanda", "sparsegpt", "mama, score", "mama, least squares",
+        "magnitude + least squares",
+    }  # fmt: skip
+    assert small["sparsities"]["0.75"].keys() == {"alps", "mama + admm"}
+    for sides in (small["calibration"], *small["sparsities"].values()):
+        assert all(side["seconds"]["median"] > 0 for side in sides.values())
+    assert [(row["what"], row["met"]) for row in result["goals"]] == [
+        ("Wanda / forward pass alone", True),
+        ("least squares / SparseGPT at 0.5", False),
+    ]
+    once = result["layers"]["once"]["sparsities"]["0.5"]["sparsegpt"]["seconds"]
+    assert once["quartiles"] == [once["median"]] * 2
+    if not torch.cuda.is_available():
+        assert result["layers"]["large"] == {"not_run": "no CUDA device"}
+
+
+def test_shipped_layers_are_those_that_are_named():
+    layers = load_shapes(ROOT / "configs/benchmark/prune.yaml", LayerShapes).layers
+    sizes = {
+        name: sum(size.numel() for size in shape.prunable_shapes().values())
+        for name, shape in layers.items()
+    }
+    assert sizes["1B"] == 973_078_528 // 16
+    assert sizes["8B"] == 218_103_808
+    assert sizes["tiny"] == 331_776 // 3
+
+
+def test_statistics_of_a_layer_are_shared_and_start_anew():
+    shape = LayerShape(
+        hidden_size=16, intermediate_size=32, num_rounds=1, batch_size=2, sequence_length=8
+    )
+    bench = LayerBench(shape)
+    first, second = bench.fresh_statistics(), bench.fresh_statistics()
+    names = {name.rsplit(".", 2)[1]: name for name in first}
+    assert first[names["q_proj"]] is first[names["v_proj"]]
+    assert first[names["q_proj"]] is not first[names["o_proj"]]
+    first[names["q_proj"]].inverse_factor  # noqa: B018
+    assert "inverse_factor" in vars(first[names["v_proj"]])
+    assert "inverse_factor" not in vars(second[names["v_proj"]])
+
+
+def test_memory_of_a_call_is_what_it_holds_at_its_peak():
+    memory = PeakMemory(torch.device("cpu"))
+    memory.start()
+    if memory.held is None:
+        assert memory.bytes_needed() is None
+        return
+    torch.ones(2**24).add_(1)
+    needed = memory.bytes_needed()
+    assert 0.98 * 2**26 <= needed < 2**26 + 2**24
+    memory.start()
+    assert memory.bytes_needed() < 2**24
 
 
 @pytest.mark.slow

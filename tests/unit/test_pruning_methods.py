@@ -126,7 +126,8 @@ def test_the_dense_stream_runs_only_for_a_redistribution(method, redistribution)
         redistribution=redistribution,
         movement=False,
     )
-    num_streams = 2 if redistribution != "none" else int(method in ("wanda", "sparsegpt", "alps", "mama"))
+    scored = ("wanda", "sparsegpt", "alps", "mama")
+    num_streams = 2 if redistribution != "none" else int(method in scored)
     assert len(calls) == num_streams * len(batches)
 
 

@@ -178,8 +178,9 @@ def test_without_any_input_kept_weights_stay(scope):
         assert weight.abs()[mask].min() >= weight.abs()[~mask].max()
 
 
-def test_the_dense_weight_and_the_statistics_are_left_alone():
-    inputs, weight = make_case()
+@pytest.mark.parametrize("num_out", [1, 7])
+def test_the_dense_weight_and_the_statistics_are_left_alone(num_out):
+    inputs, weight = make_case(num_out=num_out)
     statistics, dense = statistics_of(inputs), weight.clone()
     moment = statistics.second_moment.clone()
     first = sparsegpt_weight(weight, statistics, 0.5, "matrix", "weight")
