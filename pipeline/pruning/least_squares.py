@@ -25,8 +25,11 @@ from pipeline.pruning.calibration import InputStatistics
 from pipeline.pruning.conjugate_gradients import solve_by_conjugate_gradients, split_hessian
 from pipeline.pruning.hessian import damped_hessian, damping
 
-MAX_DIRECT_SUPPORT = 320
-"""Largest number of kept weights of a row with a factor of its own."""
+MAX_DIRECT_INPUTS = 384
+"""Rows of layers with at most so many inputs get a factor each, however many weights they keep."""
+DIRECT_SUPPORT = 1.8
+"""Most kept weights of a row with a factor of its own in larger layers, in units of inputs to the
+power of 2/3: where a factor (cubic) takes as long as conjugate gradients (quadratic)."""
 MAX_BATCH_ELEMENTS = 2**21
 """fp64 elements of gathered systems in memory at once (16 MiB)."""
 
@@ -61,7 +64,7 @@ def least_squares_weight(weight: Tensor, mask: Tensor, hessian: Tensor, target: 
     """
     if torch.equal(mask, mask[:1].expand_as(mask)):
         return solve_by_shared_cholesky(hessian, target, mask[0])
-    is_small = mask.sum(1) <= MAX_DIRECT_SUPPORT
+    is_small = mask.sum(1) <= _max_direct_support(mask.shape[1])
     solution = torch.empty_like(target)
     solution[is_small] = solve_by_cholesky(hessian, target[is_small], mask[is_small])
     if not is_small.all():
@@ -71,6 +74,13 @@ def least_squares_weight(weight: Tensor, mask: Tensor, hessian: Tensor, target: 
             split, target[wide], mask[wide], start=weight[wide]
         )
     return solution
+
+
+def _max_direct_support(num_inputs: int) -> int:
+    """Most kept weights of a row that gets a factor of its own."""
+    if num_inputs <= MAX_DIRECT_INPUTS:
+        return num_inputs
+    return int(DIRECT_SUPPORT * num_inputs ** (2 / 3))
 
 
 def solve_by_shared_cholesky(hessian: Tensor, target: Tensor, support: Tensor) -> Tensor:

@@ -113,6 +113,15 @@ def correlated_case(num_tokens, num_in, num_out, sparsity, decay, seed=0):
     return inputs, inputs + 0.1 * inputs.std() * draw(*inputs.shape), draw(num_out, num_in), mask
 
 
+def solve_rows_by_conjugate_gradients(monkeypatch, from_support=0, num_inputs=256):
+    """Where rows of this size would be factorised: those above a support are not."""
+    monkeypatch.setattr("pipeline.pruning.least_squares.MAX_DIRECT_INPUTS", 0)
+    unit = num_inputs ** (2 / 3)
+    monkeypatch.setattr(
+        "pipeline.pruning.least_squares.DIRECT_SUPPORT", (from_support + 0.5) / unit
+    )
+
+
 def objective(solution, inputs, dense_inputs, weight):
     """What least squares minimises."""
     fit = (inputs @ solution.double().T - dense_inputs @ weight.T).square().sum()
@@ -153,7 +162,7 @@ def test_the_hessian_is_split_and_not_changed():
 def test_conjugate_gradients_reach_the_minimum_in_few_steps(
     monkeypatch, decay, most_steps, sparsity
 ):
-    monkeypatch.setattr("pipeline.pruning.least_squares.MAX_DIRECT_SUPPORT", 0)
+    solve_rows_by_conjugate_gradients(monkeypatch)
     monkeypatch.setattr("pipeline.pruning.conjugate_gradients.MAX_STEPS", most_steps)
     inputs, dense_inputs, weight, mask = correlated_case(2000, 256, 40, sparsity, decay)
     mask[3] = False
@@ -168,7 +177,7 @@ def test_conjugate_gradients_reach_the_minimum_in_few_steps(
 
 @pytest.mark.parametrize("num_tokens", [1, 50])
 def test_conjugate_gradients_with_fewer_tokens_than_inputs(monkeypatch, num_tokens):
-    monkeypatch.setattr("pipeline.pruning.least_squares.MAX_DIRECT_SUPPORT", 0)
+    solve_rows_by_conjugate_gradients(monkeypatch)
     inputs, dense_inputs, weight, mask = correlated_case(num_tokens, 256, 40, 0.7, decay=1.0)
     statistics = statistics_of(inputs, dense_inputs)
     hessian, target = normal_equations(weight, statistics)
@@ -187,7 +196,7 @@ def test_wide_and_narrow_rows_are_solved_side_by_side(monkeypatch):
     expected = redistribute(weight, mask, "least_squares", statistics)
     monkeypatch.setattr("pipeline.pruning.conjugate_gradients.TOLERANCE", 1e-20)
     monkeypatch.setattr("pipeline.pruning.conjugate_gradients.ROWS_AT_ONCE", 7)
-    monkeypatch.setattr("pipeline.pruning.least_squares.MAX_DIRECT_SUPPORT", 100)
+    solve_rows_by_conjugate_gradients(monkeypatch, from_support=100)
     assert 5 < int((mask.sum(1) <= 100).sum()) < 35
     found = redistribute(weight, mask, "least_squares", statistics)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
