@@ -340,7 +340,9 @@ def test_nothing_stays_when_the_function_goes(functions):
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_nothing_stays_when_the_caller_is_killed(functions, last, end):
     code = (
-        "import sys, time; from rewards.time_limit import TimeLimited\n"
+        "import signal, time; from rewards.time_limit import TimeLimited\n"
+        # a shell that starts the tests in the background makes them ignore the signal
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"act = TimeLimited('limited_functions:act', {SECONDS})\n"
         "print(int(act('keeper')), int(act('worker')), flush=True)\n"
         f"{last}\ntime.sleep(600)"
@@ -356,6 +358,9 @@ def test_nothing_stays_when_the_caller_is_killed(functions, last, end):
         pids = list(map(int, caller.stdout.readline().split()))
         time.sleep(0.1)
         caller.send_signal(end)
-        caller.wait(timeout=10)
+        try:
+            caller.wait(timeout=60)
+        finally:
+            caller.kill()
         assert len(pids) == 2
         assert ends_within(BY_THE_CLOCK + 5, *pids)
