@@ -3,6 +3,7 @@
 #   make quickstart    from a fresh clone to a report: installs, then runs every stage on the bundled task
 #   make test          the whole test suite
 #   make lint          ruff, check and format
+#   make results       fails where a table of RESULTS.md is not what results/ holds
 #   make venv          the environment alone
 #
 # Options: PYTHON=python3.12 chooses the interpreter;
@@ -12,7 +13,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 VENV := .venv
 
-.PHONY: venv quickstart test lint
+.PHONY: venv quickstart test lint results
 
 venv: $(VENV)/.installed
 
@@ -31,3 +32,6 @@ test: venv
 lint: venv
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+results: venv
+	$(VENV)/bin/python launch/results.py

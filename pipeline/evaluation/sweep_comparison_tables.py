@@ -23,12 +23,7 @@ VERDICT_TEXTS = {
 
 def comparison_tables(grid: SweepGrid, measure: Measure) -> list[str]:
     """A section on KL or accuracy; empty where there is nothing to compare."""
-    comparisons = {
-        (row, level): compared
-        for row in grid.rows
-        for level in grid.levels
-        if (compared := compare(grid, measure, row, level)) is not None
-    }
+    comparisons = _comparisons(grid, measure, grid.rows, grid.levels)
     if not comparisons:
         return []
     rows = dict.fromkeys(row for row, _ in comparisons)
@@ -40,6 +35,25 @@ def comparison_tables(grid: SweepGrid, measure: Measure) -> list[str]:
         *(_table(grid, measure, group, comparisons) for group in grid.row_groups(rows)),
         _rules(grid, measure, name),
     ]
+
+
+def against_table(
+    grid: SweepGrid, measure: Measure, rows: Sequence[str], levels: Sequence[float]
+) -> str:
+    """The headline row against these rows, rows down and levels across."""
+    comparisons = _comparisons(grid, measure, rows, levels)
+    return _table(grid, measure, list(dict.fromkeys(row for row, _ in comparisons)), comparisons)
+
+
+def _comparisons(
+    grid: SweepGrid, measure: Measure, rows: Sequence[str], levels: Sequence[float]
+) -> Comparisons:
+    return {
+        (row, level): compared
+        for row in rows
+        for level in levels
+        if (compared := compare(grid, measure, row, level)) is not None
+    }
 
 
 def _table(grid: SweepGrid, measure: Measure, rows: Sequence[str], comparisons: Comparisons) -> str:

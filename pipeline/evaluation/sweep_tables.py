@@ -136,13 +136,22 @@ def _by_row(
         f"## {title}",
         sentence,
         *_picture(pictures, measure),
-        *(part for group in grid.row_groups(rows) for part in _row_table(grid, measure, group)),
+        *(part for group in grid.row_groups(rows) for part in row_table(grid, measure, group)),
     ]
 
 
-def _row_table(grid: SweepGrid, measure: Measure, rows: Sequence[str]) -> list[str]:
-    """Rows down, levels across, means and spreads."""
-    levels = grid.levels_with(measure, rows)
+def row_table(
+    grid: SweepGrid, measure: Measure, rows: Sequence[str], levels: Sequence[float] | None = None
+) -> list[str]:
+    """A table of means and spreads, rows down and levels across, and what its marks mean.
+
+    Args:
+        grid: The cells.
+        measure: What is shown.
+        rows: In this order.
+        levels: None for all at which it was measured.
+    """
+    levels = levels or grid.levels_with(measure, rows)
     best = {level: grid.best_rows(measure, level, rows) for level in levels}
     body = [
         [escape(row), *(cell_text(grid, measure, row, s, row in best[s]) for s in levels)]

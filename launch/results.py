@@ -1,0 +1,127 @@
+"""Tables of RESULTS.md from what was measured: one command shows the same figures again.
+
+    python launch/results.py            fails where the page and results/ differ, and shows how
+    python launch/results.py --write    puts the tables of results/ into the page
+
+A table stands between two markers. The first says what to show, as YAML on one line:
+
+    <!-- table: {file: sweep_text, measure: kl, levels: [0.5, 0.7], rows: [MAMA, SparseGPT]} -->
+    <!-- /table -->
+
+`file` is one of results/. A sweep has `measure` (kl, accuracy, perplexity, text_perplexity,
+recovered_kl or recovered_accuracy), or `against`, KL or accuracy of the headline row beside each
+other row's; `rows` and `levels` are optional. The prune suite has `layer`.
+"""
+
+import argparse
+import difflib
+import json
+import re
+import sys
+from pathlib import Path
+
+# Python puts launch/ on the path, not its parent, which holds the packages of a plain clone.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import yaml
+
+from pipeline.evaluation.formats import number
+from pipeline.evaluation.markdown import table
+from pipeline.evaluation.sweep_comparison_tables import against_table
+from pipeline.evaluation.sweep_grid import (
+    ACCURACY,
+    KL,
+    PERPLEXITY,
+    RECOVERED_ACCURACY,
+    RECOVERED_KL,
+    TEXT_PERPLEXITY,
+    SweepGrid,
+)
+from pipeline.evaluation.sweep_tables import row_table
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKED = re.compile(r"(<!-- table: (\{.*?\}) -->\n).*?(<!-- /table -->)", re.DOTALL)
+MEASURES = {
+    "kl": KL,
+    "accuracy": ACCURACY,
+    "perplexity": PERPLEXITY,
+    "text_perplexity": TEXT_PERPLEXITY,
+    "recovered_kl": RECOVERED_KL,
+    "recovered_accuracy": RECOVERED_ACCURACY,
+}
+
+
+def render(page: str, results: Path) -> str:
+    """The page with every table made anew.
+
+    Args:
+        page: The text of RESULTS.md.
+        results: The folder of the JSON files.
+
+    Raises:
+        KeyError: A marker names a row, layer or measure that its file does not have.
+        FileNotFoundError: A marker names a file that is not there.
+    """
+
+    def fill(match: re.Match) -> str:
+        wanted = yaml.safe_load(match[2])
+        found = json.loads((results / f"{wanted['file']}.json").read_text())
+        show = layer_table if "layer" in wanted else sweep_table
+        return f"{match[1]}\n{show(found, wanted)}\n\n{match[3]}"
+
+    return MARKED.sub(fill, page)
+
+
+def sweep_table(found: dict, wanted: dict) -> str:
+    """Rows of a sweep down, levels across."""
+    grid = SweepGrid(found["cells"], found["reference"], found["description"]["headline_row"])
+    rows = wanted.get("rows", grid.rows)
+    levels = wanted.get("levels", grid.levels)
+    missing = [row for row in rows if row not in grid.rows]
+    if missing:
+        raise KeyError(f"{wanted['file']}.json has no row {', '.join(missing)}")
+    if "against" in wanted:
+        return against_table(grid, MEASURES[wanted["against"]], rows, levels)
+    return "\n\n".join(row_table(grid, MEASURES[wanted["measure"]], rows, levels))
+
+
+def layer_table(found: dict, wanted: dict) -> str:
+    """Calibration and methods of one layer of the prune suite down; sparsities across."""
+    layer = found["layers"][wanted["layer"]]
+    columns = {"calibration": layer["calibration"], **layer["sparsities"]}
+    sides = dict.fromkeys(side for figures in columns.values() for side in figures)
+    header = ["seconds (ratio), peak MiB", *columns]
+    body = [[side, *(_side(figures.get(side)) for figures in columns.values())] for side in sides]
+    return table([header, *body])
+
+
+def _side(figures: dict | None) -> str:
+    if figures is None:
+        return ""
+    seconds, ratio = figures["seconds"]["median"], figures["ratio"]["median"]
+    peak = figures["peak_bytes"]
+    memory = "" if peak is None else f", {peak / 2**20:,.0f}"
+    return f"{number(seconds)} ({number(ratio)}){memory}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0 where page and results agree, or were made to."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help="change RESULTS.md")
+    arguments = parser.parse_args(argv)
+    path = ROOT / "RESULTS.md"
+    page = path.read_text()
+    made = render(page, ROOT / "results")
+    if arguments.write:
+        path.write_text(made)
+        return 0
+    lines = difflib.unified_diff(
+        page.splitlines(), made.splitlines(), "RESULTS.md", "results/", lineterm="", n=0
+    )
+    differences = list(lines)
+    print("\n".join(differences) or "RESULTS.md shows what results/ holds")
+    return 1 if differences else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""RESULTS.md shows what results/ holds, and a figure changed by hand is found."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch import results
+
+ROOT = Path(__file__).parents[2]
+MARKER = "<!-- table: {} -->\nstale figure\n<!-- /table -->\n"
+
+
+def cell(row: str, level: float, seed: int, kl: float) -> dict:
+    """A cell of a sweep with a KL and a perplexity."""
+    return {
+        "row": row,
+        "prune": {"method": row, "redistribution": "none", "scope": None},
+        "sparsity": level,
+        "seed": seed,
+        "measured_sparsity": level,
+        "prune_seconds": 1.0,
+        "pruned": {"kl": kl, "perplexity": 1 + kl},
+        "recovered": None,
+    }
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of results with one sweep and one prune suite."""
+    kls = {("ours", 0.5): (1.0, 3.0), ("theirs", 0.5): (2.0, 6.0), ("ours", 0.9): (9.0, 9.0)}
+    cells = [cell(*place, seed, kl) for place, pair in kls.items() for seed, kl in enumerate(pair)]
+    sweep = {
+        "description": {"headline_row": "ours"},
+        "reference": {"dense": {}, "unigram_perplexity": 8.0},
+        "cells": cells,
+    }
+    (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+    side = {"seconds": {"median": 2.0}, "ratio": {"median": 1.5}, "peak_bytes": 3 * 2**20}
+    layers = {"1B": {"calibration": {"forward": side}, "sparsities": {"0.7": {"wanda": side}}}}
+    (tmp_path / "suite.json").write_text(json.dumps({"layers": layers}))
+    return tmp_path
+
+
+def test_the_page_is_what_results_hold():
+    page = (ROOT / "RESULTS.md").read_text()
+    assert results.MARKED.search(page)
+    assert results.render(page, ROOT / "results") == page
+
+
+def test_means_spreads_and_broken_cells(folder):
+    page = results.render(MARKER.format("{file: sweep, measure: kl}"), folder)
+    assert "| method | 0.50 | 0.90 |" in page
+    assert "| ours | **2.00 ± 1.41** | 9.00 ± 0.00 † |" in page
+    assert "| theirs | 4.00 ± 2.83 |" in page
+    assert "stale" not in page
+
+
+def test_rows_and_levels_are_chosen(folder):
+    marker = MARKER.format("{file: sweep, measure: kl, rows: [theirs], levels: [0.5]}")
+    page = results.render(marker, folder)
+    assert "| theirs | 4.00 ± 2.83 |" in page
+    assert "ours" not in page
+
+
+def test_headline_against_rows(folder):
+    page = results.render(MARKER.format("{file: sweep, against: kl}"), folder)
+    assert "| against | 0.50 |" in page
+    assert "0.5 (+2.00 ± 1.00)" in page
+
+
+def test_layer_of_the_prune_suite(folder):
+    page = results.render(MARKER.format("{file: suite, layer: 1B}"), folder)
+    assert "| forward | 2 (1.5), 3 |  |" in page
+    assert "| wanda |  | 2 (1.5), 3 |" in page
+
+
+def test_row_that_is_not_there(folder):
+    with pytest.raises(KeyError, match="no row nobody's"):
+        results.render(MARKER.format('{file: sweep, measure: kl, rows: ["nobody\'s"]}'), folder)
+
+
+def test_changed_figure_is_shown(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    (tmp_path / "results").symlink_to(folder, target_is_directory=True)
+    (tmp_path / "RESULTS.md").write_text(MARKER.format("{file: sweep, measure: kl}"))
+    assert results.main([]) == 1
+    assert "-stale figure" in capsys.readouterr().out
+    assert results.main(["--write"]) == 0
+    assert results.main([]) == 0
