@@ -269,6 +269,9 @@ class RewardsConfig(_Section):
     """In the loss: KL(teacher || student), or KL(student || teacher)."""
     teacher_kl_top_k: int | None = Field(None, ge=1)
     """In the loss: how many of the teacher's largest probabilities count singly; null is all."""
+    sparsity_weight: float = Field(0.0, ge=0)
+    """Bonus per unit of sparsity for a right answer; acts in the choice between candidate masks
+    (refine.verify) and in groups sampled under two masks (grpo.num_masks: 2)."""
 
 
 class MovementConfig(_Section):

@@ -3,11 +3,16 @@
 Bits past the last element are 0 and stay 0.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from pipeline.sparsity.masks import unpack_mask
+
+PIECE = 1 << 21
+"""Elements whose few set bits are listed at once."""
 
 
 def full_bits(numel: int, device: torch.device) -> Tensor:
@@ -36,6 +41,12 @@ def bit_positions(bits: Tensor) -> Tensor:
     filled = bits.nonzero().squeeze(1)
     flags = unpack_mask(bits[filled], (8 * filled.numel(),)).nonzero().squeeze(1)
     return filled[flags >> 3] * 8 + (flags & 7)
+
+
+def positions_in_pieces(bits: Tensor) -> Iterator[Tensor]:
+    """`bit_positions` of `PIECE` elements at a time, so that the list stays short."""
+    for start in range(0, 8 * bits.numel(), PIECE):
+        yield bit_positions(bits[start // 8 : (start + PIECE) // 8]) + start
 
 
 def bits_at(bits: Tensor, positions: Tensor) -> Tensor:

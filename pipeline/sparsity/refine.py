@@ -26,20 +26,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.sparsity.bits import bit_positions, bits_at, clear_bits
-from pipeline.sparsity.candidates import CHUNK, Values
+from pipeline.sparsity.bits import bits_at, clear_bits, positions_in_pieces
+from pipeline.sparsity.candidates import Values
 from pipeline.sparsity.collectives import all_reduce_sum
 from pipeline.sparsity.refine_rows import choose_in_rows
 from pipeline.sparsity.refine_thresholds import Sides, choose_by_threshold
 from pipeline.sparsity.scores import SCORES, keep_scores, movement
-from pipeline.sparsity.shards import Shard, ShardedWeights
+from pipeline.sparsity.shards import FIRST_MOMENTS, Shard, ShardedWeights
 from pipeline.sparsity.state import Regrown, SparsityState
+from pipeline.sparsity.undo import Undo
 
 SCOPES = ("matrix", "model", "row")
-PIECE = 8 * CHUNK
-FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
-"""What Adam, and SGD and Muon, call it."""
-"""Elements whose changes are applied at once; few of them change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +88,7 @@ def refine(
     sparsity: float,
     regrow_fraction: float,
     step: int,
+    undo: Undo | None = None,
 ) -> Refinement:
     """Refines the masks of a state in place. Every rank calls it, with the same arguments.
 
@@ -105,6 +103,7 @@ def refine(
         sparsity: Wanted fraction of zeros afterwards, in [0, 1].
         regrow_fraction: Weights that regrow, as a fraction of the kept ones, in [0, 1].
         step: The present step, for protection.
+        undo: Notes what is changed, so that it can be taken back before the next step.
 
     Returns:
         The counts.
@@ -133,6 +132,8 @@ def refine(
         changed = choose_by_threshold(sides, sparsity, regrow_fraction, floor)
     counts = torch.zeros(3, dtype=torch.int64)
     for name, shard in weights.shards.items():
+        if undo is not None:
+            undo.note(state, weights, shard, changed[name])
         num_pruned, num_regrown = _apply(sides, shard, changed[name], step)
         survived = state.regrown[name].indices.numel()
         counts += torch.tensor([num_pruned, num_regrown, survived])
@@ -170,8 +171,7 @@ def _apply(sides: Sides, shard: Shard, changed: Tensor, step: int) -> tuple[int,
     state, name, weight = sides.state, shard.name, shard.weight
     first_moments = [sides.weights.moments(shard, key) for key in FIRST_MOMENTS]
     num_pruned, grown = 0, [torch.empty(0, dtype=torch.int64, device=weight.device)]
-    for start in range(0, shard.numel, PIECE):
-        positions = bit_positions(changed[start // 8 : (start + PIECE) // 8]) + start
+    for positions in positions_in_pieces(changed):
         state.movement[name].index_fill_(0, positions, 0.0)
         was_kept = bits_at(state.masks[name], positions)
         pruned = positions[was_kept]

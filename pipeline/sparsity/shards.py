@@ -18,6 +18,9 @@ from torch.distributed import ProcessGroup
 
 from pipeline.sparsity.layouts import check_optimizer
 
+FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
+"""What Adam, and SGD and Muon, call it."""
+
 
 @dataclass(frozen=True, eq=False)
 class Shard:
