@@ -315,6 +315,12 @@ class RefineConfig(_Section):
     """Optimizer steps during which a weight that was brought back is not pruned."""
     min_density: float = Field(0.01, ge=0, le=1)
     """Fraction of its weights that each matrix keeps under scope model."""
+    verify: bool = False
+    """Let candidate masks answer the task.num_probe probe prompts, keep the best by its reward, and
+    wait where none is good enough."""
+    tolerance: float = Field(0.01, ge=0, lt=1)
+    """Under verify: fraction of the probe prompts whose answers a new mask may lose; a larger loss
+    refuses it once the paired 95 % interval shows it (a point takes about 2,000 prompts)."""
 
 
 class EvaluateConfig(_Section):

@@ -168,6 +168,14 @@ def _sparsity_faults(config: Config) -> Iterator[Fault]:
             "set [distill, grpo], or refine.start_sparsity: null, instead",
             ("refine.start_sparsity", "prune.sparsity"),
         )
+    if refine.verify and not config.moves_mask:
+        yield Fault(
+            "refine.verify",
+            True,
+            "there is no other mask to judge: sparsity, regrowth and score leave the first one",
+            "set false, or refine.start_sparsity or refine.regrow_fraction, instead",
+            ("refine.start_sparsity", "refine.regrow_fraction", "refine.score", "prune.sparsity"),
+        )
     if refine.end_step is not None and refine.end_step <= refine.begin_step:
         yield Fault(
             "refine.end_step",

@@ -60,6 +60,15 @@ KEYS_READ = {
 }
 """Single keys of other sections that are inputs too."""
 
+VERIFYING_KEYS = (
+    ("rewards", "functions"),
+    ("rewards", "weights"),
+    ("rewards", "sparsity_weight"),
+    ("rewards", "teacher_kl_weight"),
+    ("evaluate", "max_new_tokens"),
+)
+"""Inputs too of the stages that train, under refine.verify."""
+
 HARMLESS_KEYS = {
     "teacher.micro_batch_size",
     "teacher.placement",
@@ -168,7 +177,8 @@ def stage_inputs(stage: str, config: Config, folder: RunFolder) -> dict[str, Any
             name = f"{section}.{key}"
             if name not in HARMLESS_KEYS and not key.startswith(HARMLESS_PREFIXES):
                 keys[name] = value
-    for section, key in KEYS_READ[stage]:
+    verifies = stage in ON_EVERY_RANK and config.refine.verify
+    for section, key in KEYS_READ[stage] + (VERIFYING_KEYS if verifies else ()):
         keys[f"{section}.{key}"] = getattr(getattr(config, section), key)
     if stage in ("prune", "sweep"):
         for role in ("student", "teacher"):

@@ -16,6 +16,9 @@ The first is Bonett and Price (2012), J. Educ. Behav. Stat. 37, 479-488; the sec
 Fagerland, Lydersen and Laake (2014), Statistics in Medicine 33, 2850-2875. They are closed forms:
 no resampling and no seed, and still an honest width when the models agree on every prompt, where
 a bootstrap's is zero. Only the 95 % level is given.
+
+The first carries over to rewards per prompt: to n paired differences come +u and -u, u being what
+one right answer is worth, and mean and variance are those of all n + 2.
 """
 
 import math
@@ -71,6 +74,30 @@ def paired_difference_interval(first: Sequence[bool], second: Sequence[bool]) ->
     a, b = (only_first + 1) / n, (only_second + 1) / n
     half = Z95 * math.sqrt((a + b - (a - b) ** 2) / n)
     return max(-1.0, a - b - half), min(1.0, a - b + half)
+
+
+def paired_reward_interval(differences: Sequence[float], unit: float) -> Interval:
+    """95 % interval of a mean difference in reward on the same prompts.
+
+    With `unit` 1 and differences of right answers it is `paired_difference_interval`.
+
+    Args:
+        differences: (n,) Reward of the first model minus that of the second, prompt by prompt.
+        unit: Reward of one right answer, at least 0.
+
+    Returns:
+        Low and high; NaN where a difference is.
+
+    Raises:
+        ValueError: There are no differences.
+    """
+    if len(differences) == 0:
+        raise ValueError("paired rewards need at least one prompt, got none")
+    n = len(differences) + 2
+    mean = sum(differences) / n
+    variance = (sum(d * d for d in differences) + 2 * unit * unit) / n - mean * mean
+    half = Z95 * math.sqrt(max(0.0, variance) / n) if math.isfinite(variance) else math.nan
+    return mean - half, mean + half
 
 
 def paired_ratio_interval(first: Sequence[bool], second: Sequence[bool]) -> Interval:

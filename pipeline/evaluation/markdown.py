@@ -28,6 +28,8 @@ REFINEMENT_COLUMNS = (
     "accepted",
     "reward_before",
     "reward_after",
+    "score",
+    "waited",
 )
 
 
@@ -108,6 +110,11 @@ def _refinement(entries: Sequence[dict[str, Any]] | None) -> list[str]:
     header = [name.replace("_", " ") for name in columns]
     summary = f"<details><summary>{len(entries)} refinements of the mask</summary>"
     note = "In weights; survived: of all that ever regrew, those kept after the step."
+    if any("reward_before" in entry for entry in entries):
+        note += (
+            " Rewards: of the mask before and of the one bound or, where none was accepted, of the "
+            "best one refused; waited: steps by which the targets are late."
+        )
     return ["## Refinement", note, summary, table([header, *rows]), "</details>"]
 
 

@@ -66,7 +66,8 @@ def build_report(
         perplexity_on: The text behind the perplexities, in words.
         text_path: The file behind the text perplexities.
         refinement: One entry for each refinement step: stage, step, target, pruned, regrown,
-            survived (of all that ever regrew), accepted, reward_before, reward_after.
+            survived (of all that ever regrew), accepted; under refine.verify also reward_before,
+            reward_after (of the mask bound, or of the best one refused), score, and waited.
         timing: Stage to seconds.
         peak_memory_bytes: Largest of the run's processes.
         versions: Package to version.

@@ -3,10 +3,17 @@
 Sparsity rises by the cubic schedule of gradual pruning (Zhu & Gupta 2017, arXiv 1710.01878, eq. 1);
 the fraction of weights that regrow falls by a cosine to zero (RigL, arXiv 1911.11134,
 section 3), so that the last mask is trained.
+
+A schedule that waits (`Waiting`) lags behind the optimizer's steps: its position is the step minus
+the steps waited so far. Where no new mask is good enough it stands still until the next decision,
+and where half a step is, it goes half as far; all later targets shift by as much. Past `end_step`
+the mask is still refined every `every_steps` until the last target is reached.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,3 +54,52 @@ class RefinementSchedule:
         if self.end_step <= self.begin_step:
             return 1.0 if step >= self.end_step else 0.0
         return min(1.0, max(0.0, (step - self.begin_step) / (self.end_step - self.begin_step)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Waiting:
+    """How far a schedule that waits has come."""
+
+    schedule: RefinementSchedule
+    waited: int = 0
+    """Optimizer steps by which the targets are late."""
+    decided_at: int | None = None
+    """Step of the last decision; None: there was none yet."""
+
+    @classmethod
+    def after(
+        cls, schedule: RefinementSchedule, decisions: Sequence[Mapping[str, Any]]
+    ) -> "Waiting":
+        """Goes on behind the last of some decisions, each with its `step` and `waited`."""
+        if not decisions:
+            return cls(schedule=schedule)
+        last = decisions[-1]
+        return cls(schedule=schedule, waited=last["waited"], decided_at=last["step"])
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the last target is reached."""
+        return self.decided_at is not None and self.position >= self.schedule.end_step
+
+    @property
+    def position(self) -> int:
+        """Where in the schedule the present mask stands."""
+        if self.decided_at is None:
+            return self.schedule.begin_step
+        return self.decided_at - self.waited
+
+    def next_position(self, step: int) -> int:
+        """Where a full step after optimizer step `step` would lead."""
+        return min(step - self.waited, self.schedule.end_step)
+
+    def is_due(self, step: int) -> bool:
+        """Whether a mask is chosen after optimizer step `step`."""
+        schedule = self.schedule
+        if step < schedule.begin_step or self.is_complete:
+            return False
+        on_grid = (step - schedule.begin_step) % schedule.every_steps == 0
+        return on_grid or step - self.waited == schedule.end_step
+
+    def decided(self, step: int, position: int) -> "Waiting":
+        """After a decision at `step` that bound the mask of a position, or kept the present one."""
+        return Waiting(schedule=self.schedule, waited=step - position, decided_at=step)

@@ -15,6 +15,7 @@ from pipeline.rollouts import Rollout
 from pipeline.stages.inputs import TaskInputs, open_student, open_teacher
 from pipeline.stages.teacher_rollouts import cached_rollouts
 from pipeline.stages.training import stage_sparsity, train
+from pipeline.stages.verification import open_verification
 from pipeline.training.arguments import distill_arguments
 from pipeline.training.distill_trainer import DistillTrainer
 
@@ -26,6 +27,7 @@ def run(
     teacher = open_teacher(config)
     on_main(lambda: len(teacher_completions(config, folder, teacher, inputs)))
     rollouts = teacher_completions(config, folder, teacher, inputs)
+    verification = open_verification(config, folder, "distill", inputs, teacher)
     arguments = distill_arguments(config, out)
     model, source = open_student(config, folder, "distill")
     trainer = DistillTrainer(
@@ -38,7 +40,8 @@ def run(
         ce_weight=config.distill.ce_weight,
         muon_learning_rate=config.distill.muon_learning_rate,
     )
-    train(trainer, stage_sparsity(config, folder, "distill", source), out, checkpoint)
+    sparsity = stage_sparsity(config, folder, "distill", source, verification)
+    train(trainer, sparsity, out, checkpoint)
 
 
 def teacher_completions(

@@ -43,6 +43,7 @@ from pipeline.stages.measure import (
     reference_completions,
     to_json,
 )
+from pipeline.stages.training import REFINEMENTS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ def _report(
         target_sparsity=None if last is None else config.prune.sparsity,
         perplexity_on=COMPLETIONS[config.evaluate.completions],
         text_path=config.evaluate.text_path,
-        refinement=_stage_files(folder, "refinements.json"),
+        refinement=_stage_files(folder, REFINEMENTS_FILE),
         timing={name: r["seconds"] for name, r in records.items() if r and r["done"]},
         peak_memory_bytes=max(peaks, default=None),
         versions=installed_versions(),

@@ -10,6 +10,7 @@ from pipeline.data.tasks import Row
 from pipeline.errors import UserError
 from pipeline.stages.inputs import TaskInputs, open_student, open_teacher
 from pipeline.stages.training import stage_sparsity, train
+from pipeline.stages.verification import open_verification
 from pipeline.training.arguments import grpo_arguments
 from pipeline.training.grpo_trainer import TeacherGRPOTrainer
 from pipeline.training.watch import WatchCallback
@@ -28,6 +29,7 @@ def run(
     except ValueError as error:
         raise UserError(f"rewards.functions: {error}") from error
     teacher = open_teacher(config) if values.teacher_kl_weight > 0 else None
+    verification = open_verification(config, folder, "grpo", inputs, teacher)
     arguments = grpo_arguments(config, out, weights)
     model, source = open_student(config, folder, "grpo")
     trainer = TeacherGRPOTrainer(
@@ -48,7 +50,8 @@ def run(
     in_reward = values.teacher_kl_place == "reward"
     watched_weight = 0.0 if in_reward else values.teacher_kl_weight
     trainer.add_callback(WatchCallback("grpo", config.grpo.on_trouble, watched_weight))
-    train(trainer, stage_sparsity(config, folder, "grpo", source), out, checkpoint)
+    sparsity = stage_sparsity(config, folder, "grpo", source, verification)
+    train(trainer, sparsity, out, checkpoint)
 
 
 def as_dataset(rows: list[Row], inputs: TaskInputs) -> Dataset:

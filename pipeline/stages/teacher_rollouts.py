@@ -1,5 +1,7 @@
 """The teacher's completions: sampled once, kept in `rollouts/` with what they come from."""
 
+from collections.abc import Callable
+
 from transformers import PreTrainedModel
 
 from pipeline.artifacts import RunFolder
@@ -19,7 +21,7 @@ def cached_rollouts(
     folder: RunFolder,
     name: str,
     config: Config,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | Callable[[], PreTrainedModel],
     inputs: TaskInputs,
     rows: list[Row],
     *,
@@ -35,7 +37,7 @@ def cached_rollouts(
         folder: The run folder.
         name: File name without ending.
         config: Says which teacher and task they come from.
-        teacher: Samples them.
+        teacher: Samples them; or what opens it, called only where they must be sampled.
         inputs: Tokenizer, encoding and verifier.
         rows: Prompts, used again from the start when all had their turn.
         num_rollouts: How many completions; at most one for each row where `verified`.
@@ -65,7 +67,8 @@ def cached_rollouts(
         "seed": config.run.seed,
         "progress": progress,
     }
-    models = (teacher, inputs.tokenizer)
+    model = teacher if isinstance(teacher, PreTrainedModel) else teacher()
+    models = (model, inputs.tokenizer)
     checks = (inputs.encode, inputs.verifier)
     if verified:
         rollouts = sample_verified_rollouts(*models, rows[:num_rollouts], *checks, **arguments)

@@ -3,9 +3,11 @@
 Every rank runs what is here; rank 0 writes the model and the JSON files.
 """
 
+import json
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Trainer
@@ -23,10 +25,13 @@ from pipeline.stages.inputs import save_model
 from pipeline.training.arguments import forget_deepspeed
 from pipeline.training.checkpoint import check_layout, newest_whole_checkpoint
 from pipeline.training.sparse_trainer import Sparsity, layout_of
+from pipeline.training.verified_refinement import Verification
 
 END_FRACTION = 0.6
 """Share of the refining steps after which the final sparsity is reached, where none is set. The
 rest trains the last mask."""
+
+REFINEMENTS_FILE = "refinements.json"
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +84,13 @@ def first_step(config: Config, folder: RunFolder, stage: str) -> int:
     return steps
 
 
-def stage_sparsity(config: Config, folder: RunFolder, stage: str, source: Path) -> Sparsity:
+def stage_sparsity(
+    config: Config,
+    folder: RunFolder,
+    stage: str,
+    source: Path,
+    verification: Verification | None = None,
+) -> Sparsity:
     """Schedule and rules of one stage, whose masks come from the folder `source`."""
     refine = config.refine
     start = config.prune.sparsity if refine.start_sparsity is None else refine.start_sparsity
@@ -111,7 +122,16 @@ def stage_sparsity(config: Config, folder: RunFolder, stage: str, source: Path) 
         ),
         first_step=first_step(config, folder, stage),
         stage=stage,
+        is_last=[stage] == refining_stages(config)[-1:],
+        verification=verification,
+        earlier=_refinements(source),
     )
+
+
+def _refinements(source: Path) -> list[dict[str, Any]]:
+    """What the stage before did to the mask, where it trained."""
+    path = source / REFINEMENTS_FILE
+    return json.loads(path.read_text()) if path.exists() else []
 
 
 def train(trainer: Trainer, sparsity: Sparsity, out: Path, checkpoint: Path | None) -> None:
@@ -135,7 +155,7 @@ def train(trainer: Trainer, sparsity: Sparsity, out: Path, checkpoint: Path | No
     masks = dict(engine.state.whole_masks(engine.weights))
     if is_main():
         save_masks(out / MASK_FILE, masks)
-        write_json(out / "refinements.json", sparsity.refinements)
+        write_json(out / REFINEMENTS_FILE, sparsity.refinements)
         write_json(out / "log_history.json", [_finite(logs) for logs in trainer.state.log_history])
     wait_for_all()
     forget_deepspeed()

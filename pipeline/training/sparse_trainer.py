@@ -6,8 +6,9 @@ ZeRO-1, 2 and 3. Refinement happens right after the optimizer step, so the weigh
 next already carry the new mask.
 """
 
+import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pipeline.sparsity.hooks import SparsityHooks
 from pipeline.sparsity.layouts import check_optimizer
 from pipeline.sparsity.movement import MovementRule
 from pipeline.sparsity.refine import RefinementRule, refine
-from pipeline.sparsity.schedule import RefinementSchedule
+from pipeline.sparsity.schedule import RefinementSchedule, Waiting
 from pipeline.sparsity.shards import ShardedWeights, plain_shards
 from pipeline.sparsity.state import SparsityState
 from pipeline.training.checkpoint import (
@@ -31,6 +32,9 @@ from pipeline.training.checkpoint import (
 )
 from pipeline.training.progress import StageProgress
 from pipeline.training.skipped_steps import SkippedSteps
+from pipeline.training.verified_refinement import Verification, VerifiedRefinement
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -46,6 +50,12 @@ class Sparsity:
     first_step: int
     """Steps of earlier stages that refine; the schedule counts across them."""
     stage: str
+    is_last: bool = True
+    """Whether no later stage refines."""
+    verification: Verification | None = None
+    """How candidate masks are judged; None: the schedule's mask is bound unseen."""
+    earlier: list[dict[str, Any]] = field(default_factory=list)
+    """Refinements of the stage before, behind which a schedule that waits goes on."""
     refinements: list[dict[str, Any]] = field(default_factory=list)
 
     def resume(self, checkpoint: Path) -> None:
@@ -90,6 +100,11 @@ class SparsityCallback(TrainerCallback):
         self.trainer = trainer
         self.sparsity = sparsity
         self.measured = 0.0
+        self.verified = None
+        if sparsity.verification is not None and sparsity.schedule is not None:
+            self.verified = VerifiedRefinement(
+                trainer, sparsity.verification, sparsity.schedule, sparsity.rule
+            )
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Registers the hooks on the optimizer that updates the weights."""
@@ -117,36 +132,59 @@ class SparsityCallback(TrainerCallback):
         """Refines the mask when the schedule says so."""
         sparsity = self.sparsity
         step = sparsity.first_step + state.global_step
-        if sparsity.schedule is None or not sparsity.schedule.is_due(step):
-            return
-        target = sparsity.schedule.sparsity_at(step)
+        refine_at = self._refine if self.verified is None else self._refine_verified
         try:
-            done = refine(
-                self.state,
-                self.weights,
-                sparsity.rule,
-                sparsity=target,
-                regrow_fraction=sparsity.schedule.regrow_fraction_at(step),
-                step=step,
-            )
+            entry = None if sparsity.schedule is None else refine_at(step)
         except ValueError as error:
             raise UserError(str(error)) from error
-        self.measured = self.state.sparsity(self.weights)
-        sparsity.refinements.append(
-            {
-                "stage": sparsity.stage,
-                "step": step,
-                "target": target,
-                "pruned": done.pruned,
-                "regrown": done.regrown,
-                "survived": done.survived,
-                "accepted": True,
-            }
+        if entry is not None:
+            self.measured = self.state.sparsity(self.weights)
+            sparsity.refinements.append({"stage": sparsity.stage, "step": step, **entry})
+            self.trainer.weights_changed()
+
+    def _refine(self, step: int) -> dict[str, Any] | None:
+        """Binds the schedule's mask. Returns what was done, None where nothing was due."""
+        sparsity = self.sparsity
+        if not sparsity.schedule.is_due(step):
+            return None
+        target = sparsity.schedule.sparsity_at(step)
+        done = refine(
+            self.state,
+            self.weights,
+            sparsity.rule,
+            sparsity=target,
+            regrow_fraction=sparsity.schedule.regrow_fraction_at(step),
+            step=step,
         )
+        return {"target": target, **asdict(done), "accepted": True}
+
+    def _refine_verified(self, step: int) -> dict[str, Any] | None:
+        """Binds the best mask, if any is good enough. Returns what was done."""
+        waiting = self._waiting()
+        if not waiting.is_due(step):
+            return None
+        return self.verified.decide(self.state, self.weights, waiting, step)
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Takes the hooks off."""
+        """Takes the hooks off, and says so where a schedule that waited is not done."""
         self.hooks.remove()
+        sparsity, schedule = self.sparsity, self.sparsity.schedule
+        if self.verified is None or not sparsity.is_last:
+            return
+        if schedule.sparsity_at(self._waiting().position) < schedule.final_sparsity:
+            logger.warning(
+                "%s: ends at sparsity %.4f, short of prune.sparsity %.4f: the sparser masks lost "
+                "more than refine.tolerance, or there were too few steps; train longer, set "
+                "refine.tolerance or rewards.sparsity_weight higher, or refine.verify: false",
+                sparsity.stage,
+                self.measured,
+                schedule.final_sparsity,
+            )
+
+    def _waiting(self) -> Waiting:
+        """How far the schedule has come, from all decisions so far."""
+        sparsity = self.sparsity
+        return Waiting.after(sparsity.schedule, [*sparsity.earlier, *sparsity.refinements])
 
 
 class SparseTrainer:
@@ -163,6 +201,11 @@ class SparseTrainer:
             self.remove_callback(ProgressCallback)
             self.add_callback(StageProgress(sparsity.stage))
         return self.sparsity
+
+    def weights_changed(self) -> None:
+        """Has vLLM load the weights again, which it does by itself only after a step."""
+        if hasattr(self, "_last_loaded_step"):
+            self._last_loaded_step = -1
 
     def train(self, *args, **kwargs):
         """Trains; whatever ends it, the next message starts on a line of its own."""
