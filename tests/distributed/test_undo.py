@@ -17,11 +17,9 @@ KINDS = ("computes", "master", "exp_avg", "mask", "movement", "regrown", "regrow
         ("plain", 1, torch.float32),
         ("ddp", 2, torch.float32),
         ("zero1", 2, torch.float32),
-        ("zero2", 2, torch.float32),
         ("zero2-bf16", 2, torch.bfloat16),
         ("zero3", 2, torch.float32),
         ("zero3-bf16", 2, torch.bfloat16),
-        ("zero3-offload", 2, torch.float32),
     ],
 )
 def test_a_refinement_taken_back_leaves_every_bit_as_it_was(layout, world_size, dtype):
