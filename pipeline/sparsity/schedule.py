@@ -5,9 +5,11 @@ the fraction of weights that regrow falls by a cosine to zero (RigL, arXiv 1911.
 section 3), so that the last mask is trained.
 
 A schedule that waits (`Waiting`) lags behind the optimizer's steps: its position is the step minus
-the steps waited so far. Where no new mask is good enough it stands still until the next decision,
-and where half a step is, it goes half as far; all later targets shift by as much. Past `end_step`
-the mask is still refined every `every_steps` until the last target is reached.
+the steps waited so far. At a decision it may go on a whole stride, to where it would be on time
+from now on, or half as far, or stand still; all later targets shift by what it did not go. Since a
+stride that was too long once will be so again, strides halve after each standstill and double after
+each whole one, up to the schedule's pace. Past `end_step` the mask is still refined every
+`every_steps` until the last target is reached.
 """
 
 import math
@@ -61,20 +63,27 @@ class Waiting:
     """How far a schedule that waits has come."""
 
     schedule: RefinementSchedule
-    waited: int = 0
+    waited: float = 0.0
     """Optimizer steps by which the targets are late."""
     decided_at: int | None = None
     """Step of the last decision; None: there was none yet."""
+    halvings: int = 0
+    """How often strides are halved."""
 
     @classmethod
     def after(
         cls, schedule: RefinementSchedule, decisions: Sequence[Mapping[str, Any]]
     ) -> "Waiting":
-        """Goes on behind the last of some decisions, each with its `step` and `waited`."""
+        """Goes on behind the last of some decisions: its `step`, `waited` and `halvings`."""
         if not decisions:
             return cls(schedule=schedule)
         last = decisions[-1]
-        return cls(schedule=schedule, waited=last["waited"], decided_at=last["step"])
+        return cls(
+            schedule=schedule,
+            waited=last["waited"],
+            decided_at=last["step"],
+            halvings=last["halvings"],
+        )
 
     @property
     def is_complete(self) -> bool:
@@ -82,15 +91,11 @@ class Waiting:
         return self.decided_at is not None and self.position >= self.schedule.end_step
 
     @property
-    def position(self) -> int:
+    def position(self) -> float:
         """Where in the schedule the present mask stands."""
         if self.decided_at is None:
             return self.schedule.begin_step
         return self.decided_at - self.waited
-
-    def next_position(self, step: int) -> int:
-        """Where a full step after optimizer step `step` would lead."""
-        return min(step - self.waited, self.schedule.end_step)
 
     def is_due(self, step: int) -> bool:
         """Whether a mask is chosen after optimizer step `step`."""
@@ -100,6 +105,18 @@ class Waiting:
         on_grid = (step - schedule.begin_step) % schedule.every_steps == 0
         return on_grid or step - self.waited == schedule.end_step
 
-    def decided(self, step: int, position: int) -> "Waiting":
-        """After a decision at `step` that bound the mask of a position, or kept the present one."""
-        return Waiting(schedule=self.schedule, waited=step - position, decided_at=step)
+    def ahead(self, step: int, halvings: int) -> float:
+        """The position that a stride halved so many times leads to, after optimizer step `step`."""
+        longest = min(step - self.waited, self.schedule.end_step) - self.position
+        return self.position + longest / 2**halvings
+
+    def decided(self, step: int, halvings: int | None) -> "Waiting":
+        """After a decision at `step` for a stride halved so many times; None: to stand still."""
+        position = self.position if halvings is None else self.ahead(step, halvings)
+        if halvings is None:
+            later = self.halvings + 1
+        else:
+            later = max(0, self.halvings - 1) if halvings == self.halvings else self.halvings
+        return Waiting(
+            schedule=self.schedule, waited=step - position, decided_at=step, halvings=later
+        )

@@ -2,19 +2,19 @@
 
 Candidates at a due step are the present mask and up to four proposals, which differ in
 
-    target   a full step of the schedule, or half of it
+    stride   the schedule's next, or half of it; regrowth is halved with it
     score    refine.score, or beside it `mix`, in which movement counts (beside `mix`: `magnitude`)
 
 Each is formed by `refine`, judged in the place of the present mask, and taken back (`undo.py`), so
 there is no second copy of the model. First all are ranked cheaply, by the log-probability of the
-teacher's right completions; of each target the best is confirmed by greedy answers. Their rewards,
+teacher's right completions; of each stride the best is confirmed by greedy answers. Their rewards,
 and when one is good enough to be bound, are in `mask_choice.py`; where none is, the present mask
 stays and the schedule waits (`schedule.py`). A score that cannot be formed yet, because no movement
 was observed, drops out.
 
 Cost of a decision, for n probe prompts, m of them with a completion, and answers of T tokens: at
 most 5 m sequences forward and 3 n T tokens one at a time, and seven refinements (without movement
-in the score or half a step it is less). Ranks share the prompts, sum the results and then decide,
+in the score it is less). Ranks share the prompts, sum the results and then decide,
 so all decide alike.
 
 All but the mask that is bound leaves no trace: after a refusal the run is bit for bit the one in
@@ -60,10 +60,16 @@ class Verification:
 class Proposal:
     """A mask that could be bound."""
 
-    name: str
-    position: int
+    halvings: int
+    """How often its stride is halved."""
+    position: float
     """Where in the schedule it stands."""
     rule: RefinementRule
+
+    @property
+    def name(self) -> str:
+        """For the log."""
+        return "full stride" if self.halvings == 0 else f"1/{2**self.halvings} of a stride"
 
 
 class VerifiedRefinement:
@@ -125,11 +131,11 @@ class VerifiedRefinement:
         chosen = choose_mask(present, judged, self.reward)
         rewards = [self.reward.of(mask) for mask in judged]
         shown = max(range(len(judged)), key=lambda i: _or_lowest(rewards[i]))
-        position, done = waiting.position, Refinement(0, 0, 0)
+        done, halvings = Refinement(0, 0, 0), None
         if chosen is not None:
-            shown, (proposal, _) = chosen, finalists[chosen]
-            position, done = proposal.position, bench.form(proposal)
-        proposal = finalists[shown][0]
+            shown, halvings = chosen, finalists[chosen][0].halvings
+            done = bench.form(finalists[chosen][0])
+        proposal, after = finalists[shown][0], waiting.decided(step, halvings)
         entry = {
             "target": self.schedule.sparsity_at(proposal.position),
             **asdict(done),
@@ -137,7 +143,8 @@ class VerifiedRefinement:
             "reward_before": _or_none(self.reward.of(present)),
             "reward_after": _or_none(rewards[shown]),
             "score": proposal.rule.score,
-            "waited": waiting.decided(step, position).waited,
+            "waited": after.waited,
+            "halvings": after.halvings,
         }
         if chosen is None:
             del entry["survived"]
@@ -154,21 +161,15 @@ class VerifiedRefinement:
             self.reward.of(present),
             low,
             high,
-            f"schedule {entry['waited']} steps late" if entry["waited"] else "schedule on time",
+            f"{after.waited:g} steps late" if after.waited else "on time",
         )
         return entry
 
     def proposals(self, waiting: Waiting, step: int) -> list[Proposal]:
-        """The masks that could be bound after a step; those of one target stand together."""
-        full = waiting.next_position(step)
-        half = (waiting.position + full) // 2
-        targets = {"full step": full}
-        at = self.schedule.sparsity_at
-        if at(waiting.position) < at(half) < at(full):
-            targets["half step"] = half
+        """The masks that could be bound after a step."""
         return [
-            Proposal(name, position, rule)
-            for name, position in targets.items()
+            Proposal(halvings, waiting.ahead(step, halvings), rule)
+            for halvings in (waiting.halvings, waiting.halvings + 1)
             for rule in self.rules.values()
         ]
 
@@ -190,18 +191,19 @@ class _Bench:
             self.weights,
             proposal.rule,
             sparsity=self.schedule.sparsity_at(proposal.position),
-            regrow_fraction=self.schedule.regrow_fraction_at(proposal.position),
+            regrow_fraction=self.schedule.regrow_fraction_at(proposal.position)
+            / 2**proposal.halvings,
             step=self.step,
             undo=undo,
         )
 
     def ranked(self, proposals: Sequence[Proposal]) -> list[tuple[Proposal, Tensor]]:
-        """Of each target the proposal with the highest log-probability, and its (n,) nats.
+        """Of each stride the proposal with the highest log-probability, and its (n,) nats.
 
         Raises:
             ValueError: None can be formed.
         """
-        best: dict[str, tuple[Proposal, Tensor]] = {}
+        best: dict[int, tuple[Proposal, Tensor]] = {}
         failure = None
         for proposal in proposals:
             undo = Undo()
@@ -212,9 +214,9 @@ class _Bench:
                 continue
             nats = self.probe.log_probs()
             undo.take_back(self.state, self.weights)
-            rival = best.get(proposal.name)
+            rival = best.get(proposal.halvings)
             if rival is None or _or_lowest(nats.sum()) > _or_lowest(rival[1].sum()):
-                best[proposal.name] = proposal, nats
+                best[proposal.halvings] = proposal, nats
         if not best:
             raise failure
         return list(best.values())

@@ -35,16 +35,15 @@ def test_regrowth_falls_by_a_cosine_to_zero():
     assert schedule().regrow_fraction_at(100) == 0.0
 
 
-def walk(schedule, bind, last_step=400):
-    """(step, position) of each decision; `bind` chooses from where it is and where it could go."""
+def walk(schedule, choose, last_step=400):
+    """(step, position) of each decision; `choose` says how often the stride is halved, or None."""
     waiting, decisions = Waiting(schedule=schedule), []
     for step in range(1, last_step):
         if waiting.is_due(step):
-            position = bind(waiting.position, waiting.next_position(step), step)
-            waiting = waiting.decided(step, position)
-            decisions.append((step, position))
-            again = Waiting.after(schedule, [{"step": step, "waited": waiting.waited}])
-            assert again == waiting, "a decision says all there is to know"
+            waiting = waiting.decided(step, choose(step, waiting.halvings))
+            decisions.append((step, waiting.position))
+            entry = {"step": step, "waited": waiting.waited, "halvings": waiting.halvings}
+            assert Waiting.after(schedule, [entry]) == waiting, "a decision says all there is"
     return decisions
 
 
@@ -52,21 +51,31 @@ def walk(schedule, bind, last_step=400):
 def test_a_schedule_that_never_waits_is_the_plain_one(begin_step):
     plain = schedule(begin_step=begin_step)
     expected = [(step, step) for step in range(1, 400) if plain.is_due(step)]
-    assert walk(plain, lambda here, there, step: there) == expected
+    assert walk(plain, lambda step, halvings: halvings) == expected
 
 
 def test_waiting_shifts_all_later_targets():
-    kept = walk(schedule(), lambda here, there, step: here if step in (60, 90) else there)
-    assert kept == [(30, 30), (60, 30), (90, 30), (120, 60), (150, 90), (160, 100)]
+    kept = walk(schedule(), lambda step, halvings: None if step == 60 else halvings)
+    assert kept == [(30, 30), (60, 30), (90, 45), (120, 75), (145, 100)]
 
 
 def test_half_a_step_shifts_by_half():
-    halves = walk(
-        schedule(), lambda here, there, step: (here + there) // 2 if step == 60 else there
-    )
+    halves = walk(schedule(), lambda step, halvings: halvings + (step == 60))
     assert halves == [(30, 30), (60, 45), (90, 75), (115, 100)]
 
 
+def test_strides_get_shorter_where_it_stands_still_and_longer_again():
+    chosen = []
+
+    def choose(step, halvings):
+        chosen.append(halvings)
+        return {60: None, 90: None, 120: halvings + 1}.get(step, halvings)
+
+    walked = walk(schedule(), choose)
+    assert chosen[:6] == [0, 0, 1, 2, 2, 1]
+    assert walked[:6] == [(30, 30), (60, 30), (90, 30), (120, 33.75), (150, 41.25), (180, 56.25)]
+
+
 def test_refinements_stay_due_until_the_target_is_reached():
-    stuck = walk(schedule(), lambda here, there, step: here if here == 30 else there, 300)
+    stuck = walk(schedule(), lambda step, halvings: None if step > 30 else halvings, 300)
     assert stuck[1:] == [(step, 30) for step in range(60, 300, 30)]

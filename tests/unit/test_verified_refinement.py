@@ -57,13 +57,13 @@ def test_masks_that_destroy_the_model_leave_the_run_as_if_nothing_had_been_due(
     )
     assert [entry["accepted"] for entry in decisions] == [True, False, False, False]
     assert [entry["waited"] for entry in decisions] == [0, 1, 2, 3]
-    assert [entry["target"] for entry in decisions] == [0.0, 0.95, 0.95, 0.95]
+    assert [entry["halvings"] for entry in decisions] == [0, 1, 2, 3]
     first, *refused = decisions
     assert first["reward_before"] == first["reward_after"] == 1.0
     for entry in refused:
         assert (entry["pruned"], entry["regrown"]) == (0, 0)
         assert entry["reward_after"] < 0.7 < entry["reward_before"]
-    assert "step 2: mask kept at sparsity 0.0000, best proposal refused (full step" in caplog.text
+    assert "step 2: mask kept at sparsity 0.0000, best proposal refused (1/2 of" in caplog.text
     assert "ends at sparsity 0.0000, short of prune.sparsity 0.9500" in caplog.text
 
 
@@ -77,7 +77,7 @@ def test_masks_that_hold_are_bound_and_the_schedule_is_on_time(tokenizer, tmp_pa
     assert measured_sparsity(trainer.model)[0] == pytest.approx(0.01, abs=1e-3)
     assert callback.measured == pytest.approx(0.01, abs=1e-3)
     assert any(entry["regrown"] for entry in decisions), "regrowth goes with it"
-    assert "step 4: mask bound at sparsity 0.0104 (full step" in caplog.text
+    assert "step 4: mask bound at sparsity 0.0104 (full stride" in caplog.text
     assert "short of" not in caplog.text
 
 
