@@ -129,40 +129,23 @@ class VerifiedRefinement:
         finalists = bench.ranked(self.proposals(waiting, step))
         judged = [bench.judge(proposal, nats) for proposal, nats in finalists]
         chosen = choose_mask(present, judged, self.reward)
-        rewards = [self.reward.of(mask) for mask in judged]
-        shown = max(range(len(judged)), key=lambda i: _or_lowest(rewards[i]))
-        done, halvings = Refinement(0, 0, 0), None
-        if chosen is not None:
-            shown, halvings = chosen, finalists[chosen][0].halvings
-            done = bench.form(finalists[chosen][0])
-        proposal, after = finalists[shown][0], waiting.decided(step, halvings)
+        shown = chosen if chosen is not None else self._most_rewarded(judged)
+        proposal, mask = finalists[shown][0], judged[shown]
+        after = waiting.decided(step, None if chosen is None else proposal.halvings)
+        done = Refinement(0, 0, 0) if chosen is None else bench.form(proposal)
+        self._say(step, proposal, after, present, mask, is_bound=chosen is not None)
         entry = {
             "target": self.schedule.sparsity_at(proposal.position),
             **asdict(done),
             "accepted": chosen is not None,
             "reward_before": _or_none(self.reward.of(present)),
-            "reward_after": _or_none(rewards[shown]),
+            "reward_after": _or_none(self.reward.of(mask)),
             "score": proposal.rule.score,
             "waited": after.waited,
             "halvings": after.halvings,
         }
         if chosen is None:
             del entry["survived"]
-        low, high = self.reward.difference(judged[shown], present)
-        logger.info(
-            "step %d: %s (%s, score %s): reward %.4f after %.4f, difference [%+.4f, %+.4f]; %s",
-            step,
-            f"mask bound at sparsity {judged[shown].sparsity:.4f}"
-            if chosen is not None
-            else f"mask kept at sparsity {present.sparsity:.4f}, best proposal refused",
-            proposal.name,
-            proposal.rule.score,
-            rewards[shown],
-            self.reward.of(present),
-            low,
-            high,
-            f"{after.waited:g} steps late" if after.waited else "on time",
-        )
         return entry
 
     def proposals(self, waiting: Waiting, step: int) -> list[Proposal]:
@@ -172,6 +155,35 @@ class VerifiedRefinement:
             for halvings in (waiting.halvings, waiting.halvings + 1)
             for rule in self.rules.values()
         ]
+
+    def _most_rewarded(self, masks: Sequence[JudgedMask]) -> int:
+        return max(range(len(masks)), key=lambda i: _or_lowest(self.reward.of(masks[i])))
+
+    def _say(
+        self,
+        step: int,
+        proposal: Proposal,
+        after: Waiting,
+        present: JudgedMask,
+        mask: JudgedMask,
+        *,
+        is_bound: bool,
+    ) -> None:
+        """One line of what was chosen and why."""
+        kept = f"mask kept at sparsity {present.sparsity:.4f}, best proposal refused"
+        low, high = self.reward.difference(mask, present)
+        logger.info(
+            "step %d: %s (%s, score %s): reward %.4f after %.4f, difference [%+.4f, %+.4f]; %s",
+            step,
+            f"mask bound at sparsity {mask.sparsity:.4f}" if is_bound else kept,
+            proposal.name,
+            proposal.rule.score,
+            self.reward.of(mask),
+            self.reward.of(present),
+            low,
+            high,
+            f"{after.waited:g} steps late" if after.waited else "on time",
+        )
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,16 @@
-"""The schedule of a run whose stages are started one command at a time."""
+"""What stages hand each other: the schedule, how far it has come, and how masks are judged."""
+
+import json
 
 import pytest
 
 from pipeline.artifacts import RunFolder
 from pipeline.config_loading import load_config
+from pipeline.run import stage_inputs
+from pipeline.sparsity.schedule import Waiting
 from pipeline.stages.training import end_step, first_step, stage_sparsity
+from pipeline.stages.verification import mask_reward
+from pipeline.training.mask_choice import MaskReward
 
 CONFIG = "configs/quickstart.yaml"
 SHORT = {"distill.max_steps": 40, "grpo.max_steps": 20}
@@ -32,3 +38,44 @@ def test_grpo_alone_starts_its_own_schedule(tmp_path):
     sparsity = stage_sparsity(alone, folder, "grpo", tmp_path)
     assert sparsity.first_step == 0
     assert sparsity.schedule.sparsity_at(12) == pytest.approx(0.9)
+
+
+def test_a_schedule_that_waited_goes_on_in_the_next_stage(tmp_path):
+    folder = RunFolder.open(tmp_path)
+    record = {"done": True, "max_steps": 40, "refine_end_step": 24}
+    folder.write_record("distill", record)
+    source = folder.stage("distill")
+    last = {"step": 40, "waited": 20.0, "halvings": 1}
+    (source / "refinements.json").write_text(json.dumps([{"step": 30}, last]))
+    later = load_config(CONFIG, SHORT | {"run.stages": ["grpo", "evaluate"], "refine.verify": True})
+    sparsity = stage_sparsity(later, folder, "grpo", source)
+    waiting = Waiting.after(sparsity.schedule, sparsity.earlier)
+    assert (waiting.position, waiting.ahead(50, 1)) == (20, 22)
+    assert waiting.is_due(50)
+    assert sparsity.is_last
+    assert not stage_sparsity(load_config(CONFIG, SHORT), folder, "distill", source).is_last
+
+
+def test_a_mask_is_judged_by_the_weights_of_the_reward_mix():
+    config = load_config(
+        CONFIG,
+        {
+            "rewards.functions": ["format", "correctness"],
+            "rewards.format_pattern": "a",
+            "rewards.weights": [0.1, 2.0],
+            "rewards.sparsity_weight": 0.3,
+            "rewards.teacher_kl_weight": 0.4,
+            "refine.tolerance": 0.02,
+            "refine.verify": True,
+        },
+    )
+    assert mask_reward(config) == MaskReward(
+        correctness_weight=2.0, sparsity_weight=0.3, teacher_kl_weight=0.4, tolerance=0.02
+    )
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_what_masks_are_judged_by_is_an_input_only_where_they_are(tmp_path, verify):
+    folder = RunFolder.open(tmp_path)
+    config = load_config(CONFIG, {"refine.verify": verify})
+    assert ("rewards.teacher_kl_weight" in stage_inputs("distill", config, folder)) == verify
