@@ -318,7 +318,7 @@ class RefineConfig(_Section):
     verify: bool = False
     """Let candidate masks answer the task.num_probe probe prompts, keep the best by its reward, and
     wait where none is good enough."""
-    tolerance: float = Field(0.01, ge=0, lt=1)
+    tolerance: float = Field(0.02, ge=0, lt=1)
     """Under verify: fraction of the probe prompts whose answers a new mask may lose; a larger loss
     refuses it once the paired 95 % interval shows it (a point takes about 2,000 prompts)."""
 

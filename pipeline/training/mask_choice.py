@@ -19,8 +19,9 @@ a mean over prompts, the 95 % interval of the mean paired difference (Bonett and
     kept        the present mask, where all are refused
 
 So a proposal need not be shown to be harmless, which would take more prompts than a run can ask:
-where a tenth of the answers change and the tolerance is 0.01, 256 prompts show a loss of 5 points,
-2,000 one of 2.5. Losses too small to be seen can add up, unless training repairs them.
+where a tenth of the answers change and the tolerance is 0.02, 256 prompts show a loss of 6 points,
+2,000 one of 3.5. Losses too small to be seen can add up, unless training repairs them: ten steps of
+the bundled task made good 2 to 3 points, hence the default.
 """
 
 import math
@@ -58,7 +59,7 @@ class MaskReward:
     """Per unit of accuracy x sparsity."""
     teacher_kl_weight: float = 0.0
     """Per nat."""
-    tolerance: float = 0.01
+    tolerance: float = 0.02
     """Accuracy that a new mask may lose, in [0, 1)."""
 
     def of_prompts(self, mask: JudgedMask) -> Tensor:
