@@ -317,7 +317,7 @@ class RefineConfig(_Section):
     """Fraction of its weights that each matrix keeps under scope model."""
     verify: bool = False
     """Let candidate masks answer the task.num_probe probe prompts, keep the best by its reward, and
-    wait where none is good enough."""
+    wait where none is good enough; costs 3 rounds of answers and 5 forward passes each time."""
     tolerance: float = Field(0.02, ge=0, lt=1)
     """Under verify: fraction of the probe prompts whose answers a new mask may lose; a larger loss
     refuses it once the paired 95 % interval shows it (a point takes about 2,000 prompts)."""

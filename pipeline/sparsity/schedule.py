@@ -17,6 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+MAX_HALVINGS = 10
+"""Of a stride: a thousandth of it changes next to nothing."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RefinementSchedule:
@@ -114,7 +117,7 @@ class Waiting:
         """After a decision at `step` for a stride halved so many times; None: to stand still."""
         position = self.position if halvings is None else self.ahead(step, halvings)
         if halvings is None:
-            later = self.halvings + 1
+            later = min(self.halvings + 1, MAX_HALVINGS)
         else:
             later = max(0, self.halvings - 1) if halvings == self.halvings else self.halvings
         return Waiting(

@@ -103,7 +103,7 @@ class SparsityCallback(TrainerCallback):
         self.verified = None
         if sparsity.verification is not None and sparsity.schedule is not None:
             self.verified = VerifiedRefinement(
-                trainer, sparsity.verification, sparsity.schedule, sparsity.rule
+                trainer, sparsity.verification, sparsity.schedule, sparsity.rule, sparsity.stage
             )
 
     def on_train_begin(self, args, state, control, **kwargs):

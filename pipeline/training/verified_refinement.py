@@ -81,6 +81,7 @@ class VerifiedRefinement:
         verification: Verification,
         schedule: RefinementSchedule,
         rule: RefinementRule,
+        stage: str,
     ):
         """To be made before training begins, see `Probe`.
 
@@ -89,7 +90,9 @@ class VerifiedRefinement:
             verification: How masks are judged.
             schedule: Targets by position.
             rule: How weights are chosen.
+            stage: For the log.
         """
+        self.stage = stage
         self.reward = verification.reward
         self.schedule = schedule
         self.rules = {rule.score: rule}
@@ -173,7 +176,8 @@ class VerifiedRefinement:
         kept = f"mask kept at sparsity {present.sparsity:.4f}, best proposal refused"
         low, high = self.reward.difference(mask, present)
         logger.info(
-            "step %d: %s (%s, score %s): reward %.4f after %.4f, difference [%+.4f, %+.4f]; %s",
+            "%s: step %d: %s (%s, score %s): reward %.4f after %.4f, difference [%+.4f, %+.4f]; %s",
+            self.stage,
             step,
             f"mask bound at sparsity {mask.sparsity:.4f}" if is_bound else kept,
             proposal.name,

@@ -67,6 +67,8 @@ def full_report(**changes):
                 "accepted": True,
                 "reward_before": 0.5,
                 "reward_after": 0.625,
+                "score": "mix",
+                "waited": 2.5,
             },
         ],
         "timing": {"prune": 1.5, "distill": 65.4, "grpo": 130.0},
@@ -170,7 +172,7 @@ def test_markdown_holds_every_number(tmp_path):
         "0.964 [", "-3.5 points [",  # the student beside the dense model
         "1.03", "1.04", "not finite", "1.41", "1.09", "the reference answers", "1,234 tokens",
         "0.021", "0.35", "62.5 %", "87.5 % to 92.5 %",
-        "0.4321", "5,555", "77", "130", "yes", "0.6250",  # refinement
+        "0.4321", "5,555", "77", "130", "yes", "0.6250", "mix", "2.5000",  # refinement
         "1.5 s", "1 min 5 s", "2 min 10 s", "3 min 17 s", "1.50 GiB",
         "42", "0123abc", "feed0", "2.13.0", "launch/train.py --config configs/quickstart.yaml",
         "![The student is as good](plots/accuracy.png)",

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.sparsity.schedule import RefinementSchedule, Waiting
+from pipeline.sparsity.schedule import MAX_HALVINGS, RefinementSchedule, Waiting
 
 
 def schedule(**changes):
@@ -79,3 +79,11 @@ def test_strides_get_shorter_where_it_stands_still_and_longer_again():
 def test_refinements_stay_due_until_the_target_is_reached():
     stuck = walk(schedule(), lambda step, halvings: None if step > 30 else halvings, 300)
     assert stuck[1:] == [(step, 30) for step in range(60, 300, 30)]
+
+
+def test_strides_do_not_halve_for_ever():
+    waiting = Waiting(schedule=schedule(every_steps=1))
+    for step in range(1, 3000):
+        waiting = waiting.decided(step, None)
+    assert waiting.halvings == MAX_HALVINGS
+    assert waiting.ahead(3000, waiting.halvings) > waiting.position
