@@ -32,6 +32,7 @@ from trl import GRPOConfig, GRPOTrainer
 from pipeline.errors import UserError
 from pipeline.models.chunked_head import chunked_head, score_completions
 from pipeline.models.teacher import completion_log_probs, completion_targets
+from pipeline.training.acting_terms import ActingTerms
 from pipeline.training.sparse_trainer import SparseTrainer
 from pipeline.training.teacher_placement import place_teacher
 from rewards.teacher_kl import (
@@ -107,6 +108,8 @@ class TeacherGRPOTrainer(SparseTrainer, GRPOTrainer):
         if self.teacher_kl_place == "loss":
             self._student_head = chunked_head(self.accelerator.unwrap_model(self.model))
             self._check_loss_place()
+        token_term = "teacher_kl" if self.teacher_kl_place == "advantage" else None
+        self.acting_terms = ActingTerms(self, token_term)
 
     def teacher_kl(self, prompts, completions, completion_ids, log_metric, **columns):
         """TRL reward function of place reward.
@@ -135,15 +138,22 @@ class TeacherGRPOTrainer(SparseTrainer, GRPOTrainer):
         log_metric("teacher_kl", (ratios.sum() / mask.sum().clamp(min=1)).item())
         return sequence_rewards(student, teacher, mask, self.teacher_kl_clip).tolist()
 
+    def _calculate_rewards(self, *args, **kwargs):
+        self._rewards = super()._calculate_rewards(*args, **kwargs)
+        return self._rewards
+
     def _generate_and_score_completions(self, inputs):
         self._old_log_probs = None
         output = super()._generate_and_score_completions(inputs)
         self._old_log_probs = None
+        if self.model.training:
+            self.acting_terms.begin(self._rewards, output["completion_mask"])
         batch = _sequences(output)
         if self.teacher_kl_place == "advantage":
             output["teacher_log_probs"] = completion_log_probs(
                 self.teacher, *batch, **self._teacher_arguments()
             )
+            output["row"] = torch.arange(len(inputs), device=self.accelerator.device)
         elif self.teacher_kl_place == "loss":
             targets, indices = completion_targets(
                 self.teacher, *batch, top_k=self.teacher_kl_top_k, **self._teacher_arguments()
@@ -183,6 +193,8 @@ class TeacherGRPOTrainer(SparseTrainer, GRPOTrainer):
         batch = student_log_probs, inputs["teacher_log_probs"], inputs["completion_mask"]
         term = teacher_advantages(*batch, weight=self.teacher_kl_weight, clip=self.teacher_kl_clip)
         inputs["advantages"] = combine(inputs["advantages"], term)
+        if self.model.training:
+            self.acting_terms.add(inputs["row"], term)
         self._log_teacher_kl(log_ratios(*batch))
 
     def _scores_with_kl(self, model, input_ids, attention_mask, num_completion):
