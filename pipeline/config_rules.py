@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from pipeline.config import Config, sweep_row
 from pipeline.prune_rules import STRUCTURED, contradictions
+from pipeline.reward_rules import idle_terms
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ def cross_faults(config: Config) -> list[Fault]:
     """
     rules = (
         _training_faults,
+        _idle_term_faults,
         _teacher_term_faults,
         _sparsity_faults,
         _pattern_faults,
@@ -115,6 +117,11 @@ def _format_faults(config: Config) -> Iterator[Fault]:
             f"no regular expression ({error})",
             "mend it; https://docs.python.org/3/library/re.html says what it may hold",
         )
+
+
+def _idle_term_faults(config: Config) -> Iterator[Fault]:
+    """No term of the reward mix is there for nothing."""
+    return (Fault(*parts) for parts in idle_terms(config))
 
 
 def _teacher_term_faults(config: Config) -> Iterator[Fault]:

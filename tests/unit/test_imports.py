@@ -40,6 +40,7 @@ SAME_ROOM = {  # files of pipeline/ that belong to the room of config.py
         "config_rules",
         "config_yaml",
         "prune_rules",
+        "reward_rules",
         "trl_keys",
     )
 }
