@@ -21,6 +21,10 @@ VERIFIERS = ("exact", "numeric", "gsm8k", "math")
 REWARDS = ("correctness", "format")
 SCOPES = ("matrix", "model", "row")
 
+END_FRACTION = 0.6
+"""Share of the refining steps after which the final sparsity is reached, where none is set. The
+rest trains the last mask."""
+
 
 class ConfigError(UserError):
     """Faults in the configuration: every one of them, one a line."""
@@ -245,6 +249,9 @@ class GrpoConfig(_TrlSection):
     on_trouble: Literal["go_on", "stop"] = "go_on"
     """At NaN, dead batches, reward collapse or length blow-up: warn and go on, or stop the run with
     its checkpoints kept."""
+    num_masks: Literal[1, 2] = 1
+    """Masks that a group is sampled under: the present one, or half of the completions under the
+    sparser one that refinement is heading for, where rewards.sparsity_weight acts."""
 
 
 class RewardsConfig(_Section):

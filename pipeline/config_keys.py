@@ -83,7 +83,7 @@ def _type_words(annotation: Any) -> str:
         return _NOUNS[annotation]
     arguments = get_args(annotation)
     if get_origin(annotation) is Literal:
-        return " or ".join(arguments)
+        return " or ".join(map(str, arguments))
     if get_origin(annotation) is Annotated:
         return _type_words(arguments[0])
     if get_origin(annotation) is list:
@@ -96,7 +96,7 @@ def _type_words(annotation: Any) -> str:
 def choices(annotation: Any) -> tuple[str, ...]:
     """Lists the words that an annotation, or an item of its list, may be; () if any."""
     if get_origin(annotation) is Literal:
-        return get_args(annotation)
+        return tuple(map(str, get_args(annotation)))
     return choices(get_args(annotation)[0]) if get_origin(annotation) is list else ()
 
 

@@ -2,8 +2,9 @@ r"""Which terms of a reward mix cannot act, as far as the config alone shows it.
 
 GRPO subtracts the mean of a group. So a term does nothing that has weight 0, that is another term
 again (then it only changes that one's weight), or that has one value for all completions of a
-prompt: a pattern that matches every text, or completions that are all the same text. What only a
-batch shows, `pipeline/training/acting_terms.py` measures.
+prompt: a pattern that matches every text, completions that are all the same text, a bonus for the
+sparsity of the one mask that they come from. What only a batch shows,
+`pipeline/training/acting_terms.py` measures.
 
 A pattern matches every text if it matches the empty one and has nothing that looks around itself
 (`^ $ \A \Z \b \B`, look-ahead, look-behind): then the empty match at the beginning is always there.
@@ -14,7 +15,10 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from pipeline.config import Config
+from pipeline.config import END_FRACTION, Config
+
+MIN_DIFFERENCE = 0.01
+"""Sparsity by which the second of two masks is sparser at least."""
 
 LOOKS_AROUND = re.compile(r"[\^$]|\\[AZbB]|\(\?<?[=!]")
 
@@ -46,6 +50,8 @@ def idle_terms(config: Config) -> Iterator[Contradiction]:
     """
     yield from _idle_functions(config)
     yield from _identical_completions(config)
+    yield from _idle_bonus(config)
+    yield from _idle_masks(config)
 
 
 def _idle_functions(config: Config) -> Iterator[Contradiction]:
@@ -99,3 +105,91 @@ def _identical_completions(config: Config) -> Iterator[Contradiction]:
                     "all completions of a prompt would be the same, and every reward with them",
                     "set true instead" if name == "do_sample" else "leave it out instead",
                 )
+
+
+def _idle_bonus(config: Config) -> Iterator[Contradiction]:
+    """The sparsity bonus acts where masks are compared."""
+    weight, stages = config.rewards.sparsity_weight, config.run.stages
+    if weight == 0 or not {"distill", "grpo"} & set(stages):
+        return
+    verifies = config.refine.verify and set(config.refine.stages) & set(stages)
+    two_masks = config.grpo.num_masks == 2 and "grpo" in stages
+    if not verifies and not two_masks:
+        yield Contradiction(
+            "rewards.sparsity_weight",
+            weight,
+            "all completions of a prompt come from one mask, so it is correctness times a constant",
+            "set grpo.num_masks: 2, refine.verify: true, or 0, instead",
+            ("grpo.num_masks", "refine.verify", "refine.stages", "run.stages"),
+        )
+    elif two_masks and "correctness" not in config.rewards.functions:
+        yield Contradiction(
+            "rewards.sparsity_weight",
+            weight,
+            "right completions earn it, and rewards.functions does not ask which are right",
+            "add correctness there, or set 0, instead",
+            ("rewards.functions", "grpo.num_masks"),
+        )
+
+
+def _idle_masks(config: Config) -> Iterator[Contradiction]:
+    """Groups under two masks need a second mask, and halves."""
+    values = config.grpo.trl_values
+    if config.grpo.num_masks == 1 or "grpo" not in config.run.stages:
+        return
+    if values.get("use_vllm"):
+        yield _one_mask("vLLM would sample both halves with the weights of one mask", "use_vllm")
+    num_generations = values.get("num_generations")
+    if isinstance(num_generations, int) and num_generations % 2:
+        yield Contradiction(
+            "grpo.num_generations",
+            num_generations,
+            "grpo.num_masks 2 samples one half of a group under either mask",
+            f"set {num_generations + 1}, or grpo.num_masks: 1, instead",
+            ("grpo.num_masks",),
+        )
+    refine, target = config.refine, config.prune.sparsity
+    if "grpo" not in refine.stages:
+        yield _one_mask("refine.stages does not name grpo, whose mask stays", "refine.stages")
+    elif refine.start_sparsity in (None, target):
+        yield _one_mask(
+            f"training starts at prune.sparsity, {target}, and no mask is sparser",
+            "refine.start_sparsity",
+            "prune.sparsity",
+        )
+    else:
+        yield from _idle_end(config)
+
+
+def _idle_end(config: Config) -> Iterator[Contradiction]:
+    """The cubic schedule (`sparsity/schedule.py`) still has some way to go when grpo begins."""
+    refine, stages = config.refine, config.run.stages
+    refining = [stage for stage in refine.stages if stage in stages]
+    steps = {name: getattr(config, name).trl_values.get("max_steps") or 0 for name in refining}
+    if refine.verify or ("distill" in refine.stages and "distill" not in stages):
+        return  # it may wait, or has begun before, and its record says when
+    end = refine.end_step or round(END_FRACTION * sum(steps.values()))
+    before = steps.get("distill", 0)
+    begin = refine.begin_step
+    last = before - (before - begin) % refine.every_steps  # refinement before grpo
+    to_go = 1.0 if last < begin else max(0.0, (end - last) / max(1, end - begin))
+    left = (config.prune.sparsity - refine.start_sparsity) * to_go**3
+    if before >= end or left < MIN_DIFFERENCE:
+        yield _one_mask(
+            f"grpo begins after step {before}, and there the schedule, which ends at step {end}, "
+            f"has less than {MIN_DIFFERENCE} of sparsity to go",
+            "refine.begin_step",
+            "refine.end_step",
+            "refine.every_steps",
+            "refine.start_sparsity",
+            "refine.stages",
+            "prune.sparsity",
+            "distill.max_steps",
+            "grpo.max_steps",
+            remedy="set a later refine.end_step, refine.stages: [grpo], or num_masks 1,",
+        )
+
+
+def _one_mask(why: str, *also: str, remedy: str = "set 1") -> Contradiction:
+    keys = tuple(key if "." in key else f"grpo.{key}" for key in also)
+    return Contradiction("grpo.num_masks", 2, why, f"{remedy} instead", keys)

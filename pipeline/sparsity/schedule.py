@@ -49,6 +49,12 @@ class RefinementSchedule:
         remaining = 1.0 - self._progress(step)
         return self.final_sparsity + (self.start_sparsity - self.final_sparsity) * remaining**3
 
+    def next_sparser(self, step: int, sparsity: float) -> int | None:
+        """The first refinement due after `step` with at least this target; None if none has it."""
+        later = range(max(step + 1, self.begin_step), self.end_step + 1)
+        due = (s for s in later if self.is_due(s) and self.sparsity_at(s) >= sparsity)
+        return next(due, None)
+
     def regrow_fraction_at(self, step: int) -> float:
         """Weights that regrow / kept weights: a/2 (1 + cos(pi progress)), 0 at the end."""
         if step >= self.end_step:

@@ -37,6 +37,8 @@ def run(
         train_dataset=as_dataset(inputs.task.train, inputs),
         processing_class=inputs.tokenizer,
         teacher=teacher,
+        num_masks=config.grpo.num_masks,
+        sparsity_weight=values.sparsity_weight,
         **teacher_options(config),
     )
     in_reward = values.teacher_kl_place == "reward"

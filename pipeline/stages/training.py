@@ -13,7 +13,7 @@ import torch
 from transformers import Trainer
 
 from pipeline.artifacts import MASK_FILE, RunFolder, write_json
-from pipeline.config import Config
+from pipeline.config import END_FRACTION, Config
 from pipeline.errors import UserError
 from pipeline.ranks import is_main, wait_for_all
 from pipeline.sparsity.masks import save_masks
@@ -26,10 +26,6 @@ from pipeline.training.arguments import forget_deepspeed
 from pipeline.training.checkpoint import check_layout, newest_whole_checkpoint
 from pipeline.training.sparse_trainer import Sparsity, layout_of
 from pipeline.training.verified_refinement import Verification
-
-END_FRACTION = 0.6
-"""Share of the refining steps after which the final sparsity is reached, where none is set. The
-rest trains the last mask."""
 
 REFINEMENTS_FILE = "refinements.json"
 

@@ -35,6 +35,7 @@ from pipeline.models.teacher import completion_log_probs, completion_targets
 from pipeline.training.acting_terms import ActingTerms
 from pipeline.training.sparse_trainer import SparseTrainer
 from pipeline.training.teacher_placement import place_teacher
+from pipeline.training.two_masks import TwoMasks, fill_old_log_probs, sparsity
 from rewards.teacher_kl import (
     combine,
     log_ratios,
@@ -66,14 +67,16 @@ class TeacherGRPOTrainer(SparseTrainer, GRPOTrainer):
         teacher_kl_direction: str = "forward",
         teacher_kl_top_k: int | None = None,
         teacher_micro_batch_size: int = 64,
+        num_masks: int = 1,
+        sparsity_weight: float = 0.0,
         **kwargs,
     ):
-        """All arguments of `GRPOTrainer`, by name, and the teacher's.
+        """All arguments of `GRPOTrainer`, by name, and those of the teacher and the masks.
 
         Args:
             args: TRL's.
-            reward_funcs: TRL's; in place reward `teacher_kl` is appended to them, and
-                its weight to `args.reward_weights`.
+            reward_funcs: TRL's; under two masks `sparsity` is appended to them, in place reward
+                `teacher_kl`, and their weights to `args.reward_weights`.
             teacher: Model with the student's vocabulary; None leaves the term out.
             teacher_placement: `device`, `cpu` or `zero3`, see `teacher_placement.py`.
             teacher_kl_place: `advantage`, `reward` or `loss`.
@@ -83,6 +86,10 @@ class TeacherGRPOTrainer(SparseTrainer, GRPOTrainer):
             teacher_kl_top_k: In loss: how many of the teacher's probabilities are kept one by one;
                 None keeps all.
             teacher_micro_batch_size: Sequences in one teacher forward.
+            num_masks: 2 samples half of each group under the mask that comes next, see
+                `two_masks.py`.
+            sparsity_weight: Reward per unit of sparsity for a right completion, under two masks;
+                above 0 one of `reward_funcs` is `correctness`.
             **kwargs: As in `GRPOTrainer`.
 
         Raises:
@@ -90,10 +97,15 @@ class TeacherGRPOTrainer(SparseTrainer, GRPOTrainer):
         """
         assert teacher_kl_place in PLACES
         self.teacher_kl_place = None if teacher is None else teacher_kl_place
+        more = []
+        if num_masks == 2 and sparsity_weight > 0:
+            more.append((sparsity, sparsity_weight))
         if self.teacher_kl_place == "reward":
+            more.append((self.teacher_kl, teacher_kl_weight))
+        for function, weight in more:
             weights = args.reward_weights or [1.0] * len(reward_funcs)
-            args.reward_weights = [*weights, teacher_kl_weight]
-            reward_funcs = [*reward_funcs, self.teacher_kl]
+            args.reward_weights = [*weights, weight]
+            reward_funcs = [*reward_funcs, function]
         super().__init__(args=args, reward_funcs=reward_funcs, **kwargs)
         self.teacher_kl_weight = teacher_kl_weight
         self.teacher_kl_clip = teacher_kl_clip
@@ -110,6 +122,7 @@ class TeacherGRPOTrainer(SparseTrainer, GRPOTrainer):
             self._check_loss_place()
         token_term = "teacher_kl" if self.teacher_kl_place == "advantage" else None
         self.acting_terms = ActingTerms(self, token_term)
+        self.two_masks = TwoMasks(self) if num_masks == 2 else None
 
     def teacher_kl(self, prompts, completions, completion_ids, log_metric, **columns):
         """TRL reward function of place reward.
@@ -128,18 +141,40 @@ class TeacherGRPOTrainer(SparseTrainer, GRPOTrainer):
         mask = batch[1][:, -batch[2] :]
         student = self._old_log_probs
         if student is None or self.mask_truncated_completions:  # TRL skips truncated ones
-            with torch.no_grad():
-                student, _, _ = super()._get_per_token_logps_and_entropies(
-                    self.model, *batch, batch_size=self.args.per_device_train_batch_size
-                )
+            student = self._student_log_probs(*batch)
         student = student[:, : batch[2]]
         teacher = completion_log_probs(self.teacher, *batch, **self._teacher_arguments())
         ratios = log_ratios(student, teacher, mask)
         log_metric("teacher_kl", (ratios.sum() / mask.sum().clamp(min=1)).item())
         return sequence_rewards(student, teacher, mask, self.teacher_kl_clip).tolist()
 
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        def generate(prompts):
+            return super(TeacherGRPOTrainer, self)._generate_single_turn(prompts, *args, **kwargs)
+
+        if self.two_masks is None or not self.model.training:
+            return generate(prompt_ids)
+
+        def score(prompts, completions):
+            return self._student_log_probs(*self._padded(prompts, completions))
+
+        return self.two_masks.sample(prompt_ids, generate, score), None
+
+    def _student_log_probs(self, input_ids, attention_mask, num_completion) -> Tensor:
+        """Log-probabilities (B, T) without gradient, in a forward pass of their own."""
+        with torch.no_grad():
+            return super()._get_per_token_logps_and_entropies(
+                self.model,
+                input_ids,
+                attention_mask,
+                num_completion,
+                batch_size=self.args.per_device_train_batch_size,
+            )[0]
+
     def _calculate_rewards(self, *args, **kwargs):
         self._rewards = super()._calculate_rewards(*args, **kwargs)
+        if self.two_masks is not None:
+            self.two_masks.reward(self._rewards)
         return self._rewards
 
     def _generate_and_score_completions(self, inputs):
@@ -148,6 +183,8 @@ class TeacherGRPOTrainer(SparseTrainer, GRPOTrainer):
         self._old_log_probs = None
         if self.model.training:
             self.acting_terms.begin(self._rewards, output["completion_mask"])
+            if self.two_masks is not None:
+                self.two_masks.note(output)
         batch = _sequences(output)
         if self.teacher_kl_place == "advantage":
             output["teacher_log_probs"] = completion_log_probs(
@@ -176,15 +213,20 @@ class TeacherGRPOTrainer(SparseTrainer, GRPOTrainer):
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, **kwargs
     ):
-        if self._loss_inputs is not None and self.teacher_kl_place == "loss":
-            return self._scores_with_kl(model, input_ids, attention_mask, logits_to_keep)
-        scores = super()._get_per_token_logps_and_entropies(
-            model, input_ids, attention_mask, logits_to_keep, **kwargs
-        )
-        if self._loss_inputs is not None and self.teacher_kl_place == "advantage":
+        inputs = self._loss_inputs
+        if inputs is not None and self.teacher_kl_place == "loss":
+            scores = self._scores_with_kl(model, input_ids, attention_mask, logits_to_keep)
+        else:
+            scores = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, **kwargs
+            )
+        if inputs is None:
+            if model is self.model:
+                self._old_log_probs = scores[0]
+            return scores
+        fill_old_log_probs(inputs, scores[0].detach())
+        if self.teacher_kl_place == "advantage":
             self._add_teacher_advantages(scores[0].detach())
-        elif self._loss_inputs is None and model is self.model:
-            self._old_log_probs = scores[0]
         return scores
 
     def _add_teacher_advantages(self, student_log_probs: Tensor) -> None:

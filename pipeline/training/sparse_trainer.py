@@ -165,6 +165,10 @@ class SparsityCallback(TrainerCallback):
             return None
         return self.verified.decide(self.state, self.weights, waiting, step)
 
+    def position(self, step: int) -> int:
+        """Where the schedule stands after a step: behind it by what it has waited."""
+        return step if self.verified is None else math.floor(step - self._waiting().waited)
+
     def on_train_end(self, args, state, control, **kwargs):
         """Takes the hooks off, and says so where a schedule that waited is not done."""
         self.hooks.remove()

@@ -10,6 +10,7 @@ from pipeline.reward_rules import matches_everything
 
 STEPS = {"distill.max_steps": 9, "grpo.max_steps": 9}
 TWO = {"rewards.functions": ["correctness", "my.module:length"]}
+MASKS = {"grpo.num_masks": 2, "refine.start_sparsity": 0.5, "rewards.sparsity_weight": 2.0}
 TEXTS = ["", "a", "\n", "42", "  x\n#### 7", "\u0663", "(", "a" * 50]
 
 
@@ -52,6 +53,54 @@ def faults(overrides):
             "grpo.generation_kwargs.do_sample: false: all completions of a prompt would be the "
             "same, and every reward with them; set true instead",
         ),
+        (
+            MASKS | {"grpo.num_masks": 1},
+            "rewards.sparsity_weight: 2.0: all completions of a prompt come from one mask, so it "
+            "is correctness times a constant; set grpo.num_masks: 2",
+        ),
+        (
+            MASKS | {"run.stages": ["prune", "distill"]},
+            "rewards.sparsity_weight: 2.0: all completions of a prompt come from one mask",
+        ),
+        (
+            MASKS | {"rewards.functions": ["my.module:length"]},
+            "rewards.sparsity_weight: 2.0: right completions earn it, and rewards.functions does "
+            "not ask which are right; add correctness there, or set 0, instead",
+        ),
+        (
+            MASKS | {"grpo.use_vllm": True},
+            "grpo.num_masks: 2: vLLM would sample both halves with the weights of one mask; set 1 "
+            "instead",
+        ),
+        (
+            MASKS | {"grpo.num_generations": 3},
+            "grpo.num_generations: 3: grpo.num_masks 2 samples one half of a group under either "
+            "mask; set 4, or grpo.num_masks: 1, instead",
+        ),
+        (
+            MASKS | {"refine.stages": ["distill"]},
+            "grpo.num_masks: 2: refine.stages does not name grpo, whose mask stays; set 1 instead",
+        ),
+        (
+            MASKS | {"refine.start_sparsity": None, "refine.regrow_fraction": 0.1},
+            "grpo.num_masks: 2: training starts at prune.sparsity, 0.9, and no mask is sparser; "
+            "set 1 instead",
+        ),
+        (
+            MASKS | {"distill.max_steps": 30},
+            "grpo.num_masks: 2: grpo begins after step 30, and there the schedule, which ends at "
+            "step 23, has less than 0.01 of sparsity to go; set a later refine.end_step, "
+            "refine.stages: [grpo], or num_masks 1, instead",
+        ),
+        (MASKS | {"refine.end_step": 9}, "grpo.num_masks: 2: grpo begins after step 9"),
+        (  # 0.4 x (3 / 12)^3 is left, after the refinement at step 9
+            MASKS | {"refine.end_step": 12, "refine.every_steps": 9},
+            "grpo.num_masks: 2: grpo begins after step 9",
+        ),
+        (
+            MASKS | {"refine.start_sparsity": 0.895, "refine.stages": ["grpo"]},
+            "grpo.num_masks: 2: grpo begins after step 0",
+        ),
     ],
 )
 def test_a_term_that_cannot_act_is_refused(overrides, line):
@@ -66,6 +115,16 @@ def test_a_term_that_cannot_act_is_refused(overrides, line):
         {"rewards.functions": ["format"], "rewards.format_pattern": r"\A[0-9]*\Z"},
         {"grpo.temperature": 0.1, "grpo.top_k": 0, "grpo.top_p": 1.0, "grpo.min_p": None},
         {"grpo.generation_kwargs": {"do_sample": True}},
+        MASKS,
+        MASKS | {"rewards.sparsity_weight": 0.0},
+        MASKS | {"refine.end_step": 10},  # the last refinement before grpo is at step 0
+        MASKS | {"refine.end_step": 10, "refine.begin_step": 9},
+        MASKS | {"refine.end_step": 13, "refine.every_steps": 9},
+        MASKS | {"refine.end_step": 9, "refine.verify": True},
+        MASKS | {"grpo.num_masks": 1, "refine.verify": True},
+        MASKS | {"distill.max_steps": 30, "refine.stages": ["grpo"]},
+        MASKS | {"run.stages": ["grpo"]},
+        MASKS | {"run.stages": ["prune"], "grpo.num_masks": 1},
     ],
 )
 def test_a_term_that_may_act_is_not(overrides):
