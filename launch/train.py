@@ -29,9 +29,10 @@ OPTIONS = ("--config", "--output_dir", "--stages", "--resume", "--print_config",
 RESUME_WORDS = ("auto", "redo", "never")
 SECONDS_FOR_RANK_0 = 20
 TRL_HELP = """\
-distill and grpo take TRL's own keys too, with TRL's names and meanings, for example
+distill, on_policy and grpo take TRL's own keys too, with TRL's names and meanings, for example
 --grpo.max_steps 500. To list them: python -m pydoc trl.SFTConfig (for distill),
-python -m pydoc trl.GRPOConfig (for grpo), or https://huggingface.co/docs/trl"""
+python -m pydoc trl.DistillationConfig (for on_policy), python -m pydoc trl.GRPOConfig (for grpo),
+or https://huggingface.co/docs/trl"""
 
 
 class _Parser(argparse.ArgumentParser):

@@ -16,7 +16,8 @@ from pydantic_core import PydanticCustomError
 
 from pipeline.errors import UserError
 
-STAGES = ("prune", "distill", "grpo", "evaluate", "sweep")
+STAGES = ("prune", "distill", "on_policy", "grpo", "evaluate", "sweep")
+TRAINING_STAGES = ("distill", "on_policy", "grpo")
 VERIFIERS = ("exact", "numeric", "gsm8k", "math")
 REWARDS = ("correctness", "format")
 SCOPES = ("matrix", "model", "row")
@@ -104,9 +105,11 @@ class RunConfig(_Section):
     seed: int = Field(42, ge=0, lt=2**32)
     """Seed of every random choice: data, sampling, training, ties in random masks."""
     stages: Annotated[
-        list[Literal["prune", "distill", "grpo", "evaluate", "sweep"]], AfterValidator(_in_order)
+        list[Literal["prune", "distill", "on_policy", "grpo", "evaluate", "sweep"]],
+        AfterValidator(_in_order),
     ] = Field(["prune", "distill", "grpo", "evaluate"], min_length=1)
-    """Stages to run, in this order; `--stages a,b` is short for it; sweep runs alone."""
+    """Stages to run, in this order; `--stages a,b` is short for it; on_policy, between distill and
+    grpo, runs where it is named; sweep runs alone."""
 
 
 class StudentConfig(_Section):
@@ -134,7 +137,8 @@ class TeacherConfig(_Section):
     micro_batch_size: int = Field(64, ge=1)
     """Sequences in one teacher forward pass; lower it when memory runs out."""
     placement: Literal["device", "cpu", "zero3"] = "device"
-    """In grpo: beside the student, in the host's memory, or in pieces on all ranks (ZeRO-3)."""
+    """In on_policy and grpo: beside the student, in the host's memory (grpo alone), or in pieces on
+    all ranks (ZeRO-3)."""
 
 
 class TaskConfig(_Section):
@@ -243,6 +247,10 @@ class DistillConfig(_TrlSection):
     """Trains the prunable matrices with Muon at this rate; null trains all with distill.optim."""
 
 
+class OnPolicyConfig(_TrlSection):
+    """Distillation on the student's own completions. Takes any key of trl.DistillationConfig."""
+
+
 class GrpoConfig(_TrlSection):
     """Reinforcement learning on verified answers. Takes any key of trl.GRPOConfig too."""
 
@@ -299,11 +307,12 @@ class RefineConfig(_Section):
 
     start_sparsity: float | None = Field(None, ge=0, lt=1)
     """Fraction of zeros training starts with; null is prune.sparsity, 0 is dense."""
-    stages: Annotated[list[Literal["distill", "grpo"]], AfterValidator(_in_order)] = [
+    stages: Annotated[list[Literal["distill", "on_policy", "grpo"]], AfterValidator(_in_order)] = [
         "distill",
         "grpo",
     ]
-    """Stages in which the mask is refined; steps count across them."""
+    """Stages in which the mask is refined; steps count across them. Name on_policy too where it
+    should not keep the mask it finds."""
     begin_step: int = Field(0, ge=0)
     """Optimizer step of the first refinement."""
     end_step: int | None = Field(None, ge=1)
@@ -375,6 +384,7 @@ class Config(_Section):
     calibration: CalibrationConfig = CalibrationConfig()
     prune: PruneConfig = PruneConfig()
     distill: DistillConfig = DistillConfig()
+    on_policy: OnPolicyConfig = OnPolicyConfig()
     grpo: GrpoConfig = GrpoConfig()
     rewards: RewardsConfig = RewardsConfig()
     movement: MovementConfig = MovementConfig()

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.config import Config, sweep_row
+from pipeline.config import TRAINING_STAGES, Config, sweep_row
 from pipeline.prune_rules import STRUCTURED, contradictions
 from pipeline.reward_rules import idle_terms
 
@@ -57,7 +57,7 @@ def cross_faults(config: Config) -> list[Fault]:
 
 def _training_faults(config: Config) -> Iterator[Fault]:
     """Master weights, number of steps, number of rewards, a loss that is not 0."""
-    trained = [stage for stage in config.run.stages if stage in ("distill", "grpo")]
+    trained = [stage for stage in config.run.stages if stage in TRAINING_STAGES]
     for stage in trained:
         steps = getattr(config, stage).trl_values.get("max_steps")
         if stage in config.refine.stages and (steps is None or steps < 1):

@@ -1,7 +1,7 @@
 """One run on many ranks: what rank 0 does alone, and how the others wait for it.
 
-Pruning, sampling the teacher and evaluating run on rank 0; distill and grpo on every rank. The
-launcher (`accelerate launch`) sets the ranks.
+Pruning, sampling the teacher and evaluating run on rank 0; distill, on_policy and grpo on every
+rank. The launcher (`accelerate launch`) sets the ranks.
 """
 
 import functools

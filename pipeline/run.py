@@ -33,18 +33,19 @@ from pipeline.config_loading import to_yaml
 from pipeline.errors import UserError
 from pipeline.models.loading import resolve_model
 from pipeline.ranks import is_main, join_ranks, on_main
-from pipeline.stages import distill, evaluate, grpo, prune, sweep
+from pipeline.stages import distill, evaluate, grpo, on_policy, prune, sweep
 from pipeline.stages.inputs import TaskInputs, check_teacher, model_fingerprint, open_task
 from pipeline.stages.training import end_step, max_steps, refining_stages
 from pipeline.training.arguments import check_trl_values
 from pipeline.training.checkpoint import MARKER_FILE
 
 ON_RANK_0 = {"prune": prune.run, "evaluate": evaluate.run, "sweep": sweep.run}
-ON_EVERY_RANK = {"distill": distill.run, "grpo": grpo.run}
+ON_EVERY_RANK = {"distill": distill.run, "on_policy": on_policy.run, "grpo": grpo.run}
 
 SECTIONS_READ = {
     "prune": ("student", "teacher", "task", "calibration", "prune"),
     "distill": ("teacher", "task", "distill", "movement", "refine"),
+    "on_policy": ("teacher", "task", "on_policy", "movement", "refine"),
     "grpo": ("teacher", "task", "grpo", "rewards", "movement", "refine"),
     "evaluate": ("student", "teacher", "task", "evaluate"),
     "sweep": ("student", "teacher", "task", "calibration", "prune", "distill", "evaluate", "sweep"),
@@ -54,6 +55,7 @@ SECTIONS_READ = {
 KEYS_READ = {
     "prune": (("refine", "start_sparsity"), ("evaluate", "max_new_tokens")),
     "distill": (("prune", "sparsity"), ("evaluate", "max_new_tokens")),
+    "on_policy": (("prune", "sparsity"),),
     "grpo": (("prune", "sparsity"),),
     "evaluate": (("prune", "sparsity"),),
     "sweep": (),
@@ -255,7 +257,7 @@ def _checkpoint(folder: RunFolder, resume: str) -> Path | None:
         return None
     path = Path(resume).resolve()
     stage = path.parent.name
-    if path.parent.parent != folder.root.resolve() or stage not in ("distill", "grpo"):
+    if path.parent.parent != folder.root.resolve() or stage not in ON_EVERY_RANK:
         raise UserError(
             f"--resume: {resume!r} is not a checkpoint of this run; set a folder such as "
             f"{folder.stage('grpo') / 'checkpoint-100'}"

@@ -25,6 +25,7 @@ _BASES = (
 )
 _SOURCES = {  # base class first
     "distill": (*_BASES, ("trl", "trainer/sft_config.py", "SFTConfig")),
+    "on_policy": (*_BASES, ("trl", "trainer/distillation_config.py", "DistillationConfig")),
     "grpo": (*_BASES, ("trl", "trainer/grpo_config.py", "GRPOConfig")),
 }
 
@@ -35,6 +36,10 @@ _RESUME = ("the pipeline finds the checkpoint itself", "use --resume instead")
 _ONE_LOSS = ("the loss is KL and cross-entropy", "set distill.kl_weight, distill.ce_weight instead")
 _ROWS = ("rows are cached completions of the teacher, one a row", "leave it out")
 _TOKENIZER = ("teacher and student share the student's tokenizer as it is", "leave it out")
+_CHAT_TEMPLATE = (
+    "training and evaluation share one chat template with a fixed date",
+    "leave it out",
+)
 _FSDP = (
     "masks know plain, DDP and DeepSpeed training",
     "use an accelerate config file with DeepSpeed instead",
@@ -91,13 +96,18 @@ REFUSED = {
         "eos_token": _TOKENIZER,
         "pad_token": _TOKENIZER,
     },
+    "on_policy": {
+        **REFUSED_ALWAYS,
+        "teacher_model_name_or_path": (_LOADING[0], "set teacher.path instead"),
+        "teacher_model_revision": (_LOADING[0], "set teacher.revision instead"),
+        "teacher_model_init_kwargs": (_LOADING[0], "set teacher.dtype instead"),
+        "chat_template_kwargs": _CHAT_TEMPLATE,
+        "max_tool_calling_iterations": ("the student has no tools", "leave it out"),
+    },
     "grpo": {
         **REFUSED_ALWAYS,
         "reward_weights": ("rewards have their own section", "set rewards.weights instead"),
-        "chat_template_kwargs": (
-            "training and evaluation share one chat template with a fixed date",
-            "leave it out",
-        ),
+        "chat_template_kwargs": _CHAT_TEMPLATE,
     },
 }
 SECRETS = ("hub_token",)
@@ -120,7 +130,8 @@ def trl_fields(section: str) -> dict[str, frozenset[type] | None]:
     """Reads the fields that a TRL config class takes.
 
     Args:
-        section: `distill` (trl.SFTConfig) or `grpo` (trl.GRPOConfig).
+        section: `distill` (trl.SFTConfig), `on_policy` (trl.DistillationConfig) or `grpo`
+            (trl.GRPOConfig).
 
     Returns:
         Field name to the types its annotation allows; None where it is more than simple types.
@@ -148,7 +159,7 @@ def trl_value_fault(section: str, key: str, value: Any) -> tuple[str, str] | Non
     """Checks one value that is meant for TRL.
 
     Args:
-        section: `distill` or `grpo`.
+        section: `distill`, `on_policy` or `grpo`.
         key: One of `settable_keys(section)`.
         value: What YAML gave.
 
@@ -199,7 +210,8 @@ def _class_body(package: str, file: str, class_name: str) -> list[ast.stmt]:
             return statement.body
     raise UserError(
         f"{package} {importlib.metadata.version(package)}: no class {class_name} in {path}, so "
-        f"the keys of distill and grpo are unknown; install the versions that pyproject.toml names"
+        "the keys of distill, on_policy and grpo are unknown; install the versions that "
+        "pyproject.toml names"
     )
 
 

@@ -28,6 +28,7 @@ MODEL_COLOURS = {
     "dense": GREY,
     "pruned": ORANGE,
     "distilled": SKY,
+    "on_policy": SKY,
     "student": BLUE,
 }
 MAX_ANNOTATED_CELLS = 112

@@ -59,7 +59,8 @@ def build_report(
 
     Args:
         models: Any of `teacher`, `dense` (the student before pruning), `pruned` (the one-shot
-            student at the final target), `distilled`, `student`; all on the same prompts.
+            student at the final target), `distilled`, `on_policy`, `student`; all on the same
+            prompts.
         measured_sparsity: Fraction of zeros among the final model's prunable weights, counted.
         per_layer_sparsity: The same for each weight by name.
         target_sparsity: What was asked for.

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.evaluation.formats import number, percent
 from pipeline.models.prompts import Prompt
 
-MODELS = ("teacher", "dense", "pruned", "distilled", "student")
+MODELS = ("teacher", "dense", "pruned", "distilled", "on_policy", "student")
 """The models of a report, in the order of the pipeline."""
 
 Report = dict[str, Any]

@@ -20,9 +20,9 @@ from pipeline.evaluation.figures import (
 from pipeline.evaluation.formats import number, percent
 
 PANELS = (
-    ("loss", ("distill",), "distillation loss\n(nats per token)"),
-    ("reward", ("distill", "grpo"), "mean reward\nper completion"),
-    ("sparsity", ("distill", "grpo"), "zeros among\nprunable weights"),
+    ("loss", ("distill", "on_policy"), "distillation loss\n(nats per token)"),
+    ("reward", ("grpo",), "mean reward\nper completion"),
+    ("sparsity", ("distill", "on_policy", "grpo"), "zeros among\nprunable weights"),
 )
 """Log key, the stages in which it is drawn, axis label; top to bottom."""
 
@@ -47,8 +47,8 @@ def plot_training(logs: Mapping[str, Sequence[Mapping[str, float]]], *, path: Pa
     """Loss, reward and sparsity over optimizer steps, counted across the stages.
 
     Args:
-        logs: Stage (`distill`, `grpo`) to its log history in order: mappings with `step` and any of
-            `loss`, `reward`, `sparsity`. At least one value in all.
+        logs: Stage (`distill`, `on_policy`, `grpo`) to its log history in order: mappings with
+            `step` and any of `loss`, `reward`, `sparsity`. At least one value in all.
         path: File to write.
     """
     starts, end = {}, 0
@@ -106,7 +106,9 @@ def _running_mean(values: Sequence[float], reach: int) -> list[float]:
 def _training_title(curves: Mapping[str, Sequence[Curve]]) -> str:
     changes = []
     for key, show in (("reward", number), ("loss", number), ("sparsity", percent)):
-        values = [y for _, ys in curves.get(key, []) for y in ys]
+        found = [ys for _, ys in curves.get(key, []) if ys]
+        stages = found[-1:] if key == "loss" else found  # one stage's is no loss of another
+        values = [y for ys in stages for y in ys]
         if values and not (key == "loss" and changes):
             smooth = values if key == "sparsity" else _running_mean(values, len(values) // 20)
             changes.append(f"{key} goes from {show(smooth[0])} to {show(smooth[-1])}")

@@ -1,4 +1,4 @@
-"""Stage 4: measures every model of the run on the same held-out prompts and writes the report.
+"""Stage 5: measures every model of the run on the same held-out prompts and writes the report.
 
 Zeros are counted in the saved model itself; a mask file is never trusted.
 """
@@ -17,7 +17,7 @@ from pipeline.artifacts import (
     installed_versions,
     write_json,
 )
-from pipeline.config import Config
+from pipeline.config import TRAINING_STAGES, Config
 from pipeline.errors import UserError
 from pipeline.evaluation.accuracy import AccuracyResult
 from pipeline.evaluation.completions import TokenPair
@@ -44,6 +44,9 @@ from pipeline.stages.measure import (
     to_json,
 )
 from pipeline.stages.training import REFINEMENTS_FILE
+
+BETWEEN = {"distill": "distilled", "on_policy": "on_policy"}
+"""Stages whose student is no more the final one when another has trained it, and its name then."""
 
 logger = logging.getLogger(__name__)
 
@@ -110,8 +113,9 @@ def _measure_all(
     one_shot = folder.stage("prune") / "one_shot" / "metrics.json"
     if one_shot.exists():
         measured["pruned"] = from_json(json.loads(one_shot.read_text()))
-    if last == "grpo" and folder.is_done("distill"):
-        add("distilled", load_model(str(folder.stage("distill") / "model")).to(device()), teacher)
+    for stage, name in BETWEEN.items():
+        if stage != last and folder.is_done(stage):
+            add(name, load_model(str(folder.stage(stage) / "model")).to(device()), teacher)
     student = load_model(str(folder.stage(last) / "model")).to(device())
     add("student", student, teacher)
     return measured, student
@@ -151,7 +155,7 @@ def _report(
 
 def _stage_files(folder: RunFolder, name: str) -> list[dict] | None:
     """The lists that the training stages left under one name, joined; None when there are none."""
-    files = [folder.stage(stage) / name for stage in ("distill", "grpo")]
+    files = [folder.stage(stage) / name for stage in TRAINING_STAGES]
     lists = [json.loads(file.read_text()) for file in files if file.exists()]
     return [entry for entries in lists for entry in entries] if lists else None
 
@@ -195,7 +199,7 @@ def _draw(config: Config, folder: RunFolder, report: Report) -> dict[str, str]:
         )
     logs = {
         stage: json.loads((folder.stage(stage) / "log_history.json").read_text())
-        for stage in ("distill", "grpo")
+        for stage in TRAINING_STAGES
         if (folder.stage(stage) / "log_history.json").exists()
     }
     if logs:

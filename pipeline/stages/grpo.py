@@ -1,4 +1,4 @@
-"""Stage 3: TRL GRPO with verified rewards and the teacher's term, on the masked student."""
+"""Stage 4: TRL GRPO with verified rewards and the teacher's term, on the masked student."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -9,14 +9,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.artifacts import RunFolder, hash_file, replaced_folder
-from pipeline.config import Config
+from pipeline.config import TRAINING_STAGES, Config
 from pipeline.data.tasks import Task, load_task
 from pipeline.errors import UserError
 from pipeline.models.loading import check_same_tokenizer, load_model, load_tokenizer, resolve_model
 from pipeline.models.prompts import Prompt, encode_prompt, format_prompt
 from rewards.correctness import Verifier, find_verifier
 
-TRAINED_STAGES = ("prune", "distill", "grpo")
+TRAINED_STAGES = ("prune", *TRAINING_STAGES)
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,7 @@ def model_fingerprint(path: str) -> dict[str, str] | str:
 def stage_before(folder: RunFolder, stage: str) -> str | None:
     """The last finished stage before `stage` that left a student."""
     earlier = (
-        TRAINED_STAGES[: TRAINED_STAGES.index(stage)]
-        if stage in TRAINED_STAGES
-        else (TRAINED_STAGES)
+        TRAINED_STAGES[: TRAINED_STAGES.index(stage)] if stage in TRAINED_STAGES else TRAINED_STAGES
     )
     return next((name for name in reversed(earlier) if folder.is_done(name)), None)
 

@@ -1,4 +1,4 @@
-"""What distill and grpo share: the sparsity of the stage, resuming, and what is left on disk.
+"""What the training stages share: the sparsity of the stage, resuming, and what is left on disk.
 
 Every rank runs what is here; rank 0 writes the model and the JSON files.
 """
@@ -157,9 +157,12 @@ def train(trainer: Trainer, sparsity: Sparsity, out: Path, checkpoint: Path | No
     forget_deepspeed()
 
 
-def _finite(logs: dict[str, float]) -> dict[str, float]:
-    """Logs without what JSON cannot hold, such as the gradient norm of a skipped step."""
-    return {key: value for key, value in logs.items() if math.isfinite(value)}
+def _finite(logs: dict[str, float | None]) -> dict[str, float]:
+    """Logs without what JSON cannot hold, such as the gradient norm of a skipped step.
+
+    TRL logs None for a metric that was never finite.
+    """
+    return {key: value for key, value in logs.items() if value is not None and math.isfinite(value)}
 
 
 def _save_student(trainer: Trainer, out: Path) -> None:

@@ -32,7 +32,7 @@ def open_verification(
     Args:
         config: The run's.
         folder: Keeps the completions.
-        stage: `distill` or `grpo`.
+        stage: `distill`, `on_policy` or `grpo`.
         inputs: The task.
         teacher: Where it is open already; None opens it on rank 0 if it must be asked.
 

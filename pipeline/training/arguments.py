@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from transformers.integrations import unset_hf_deepspeed_config
-from trl import GRPOConfig, SFTConfig
+from trl import DistillationConfig, GRPOConfig, SFTConfig
 
 from pipeline.config import Config
 from pipeline.errors import UserError
@@ -20,6 +20,16 @@ def distill_arguments(config: Config, output_dir: Path) -> SFTConfig:
         UserError: TRL refuses a value.
     """
     return _build(SFTConfig, "distill", config, output_dir, {"remove_unused_columns": False})
+
+
+def on_policy_arguments(config: Config, output_dir: Path) -> DistillationConfig:
+    """TRL's arguments of the on_policy stage.
+
+    Raises:
+        UserError: TRL refuses a value.
+    """
+    owned = {"chat_template_kwargs": CHAT_TEMPLATE_ARGUMENTS}
+    return _build(DistillationConfig, "on_policy", config, output_dir, owned)
 
 
 def grpo_arguments(
@@ -43,7 +53,7 @@ def grpo_arguments(
 
 
 def check_trl_values(config: Config) -> None:
-    """Builds both argument classes, so that a bad value is reported before any stage starts.
+    """Builds the argument classes, so that a bad value is reported before any stage starts.
 
     Raises:
         UserError: Names every section that TRL refuses, with TRL's reason, and what of the
@@ -53,6 +63,7 @@ def check_trl_values(config: Config) -> None:
     muon = config.distill.muon_learning_rate is not None
     for stage, build, uses_muon in (
         ("distill", distill_arguments, muon),
+        ("on_policy", on_policy_arguments, False),
         ("grpo", grpo_arguments, False),
     ):
         if stage in config.run.stages:

@@ -20,7 +20,7 @@ def check_topology(section: str, arguments: TrainingArguments, uses_muon: bool) 
     """Refuses what could not train a sparse student.
 
     Args:
-        section: `distill` or `grpo`.
+        section: `distill`, `on_policy` or `grpo`.
         arguments: Of that stage; they know what the launcher set up.
         uses_muon: Whether matrices are trained with Muon.
 

@@ -188,6 +188,7 @@ def test_help_mentions_every_key_and_where_trl_documents_its_own(tmp_path):
         assert option in done.stdout
     assert "pydoc trl.GRPOConfig" in done.stdout
     assert "pydoc trl.SFTConfig" in done.stdout
+    assert "pydoc trl.DistillationConfig" in done.stdout
 
 
 def test_print_config_is_a_config_with_every_key(tmp_path, config_file):

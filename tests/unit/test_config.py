@@ -16,7 +16,7 @@ from pipeline.config_loading import load_config, to_yaml
 from pipeline.config_yaml import parse_yaml
 from pipeline.errors import UserError
 
-TRL_SECTIONS = ("distill", "grpo")
+TRL_SECTIONS = ("distill", "on_policy", "grpo")
 STEPS = {"distill.max_steps": 9, "grpo.max_steps": 9}  # all that has no default
 
 
@@ -372,6 +372,11 @@ def test_a_rule_is_not_applied_to_a_key_that_is_faulty_itself():
         ({"refine.begin_step": 9, "refine.end_step": 9}, "refine.end_step", "set 10 or more"),
         ({"refine.start_sparsity": 0.95}, "refine.start_sparsity", "set 0.9 or less"),
         ({"refine.start_sparsity": 0.1, "refine.stages": []}, "refine.stages", "[distill, grpo]"),
+        (
+            {"run.stages": ["prune", "on_policy"], "refine.stages": ["on_policy"]},
+            "on_policy.max_steps",
+            "set 1 or more",
+        ),
         ({"refine.scope": "model", "refine.min_density": 0.2}, "refine.min_density", "0.1 or less"),
         ({"student.dtype": "bfloat16"}, "student.dtype", "set float32, and grpo.bf16: true"),
         ({"distill.kl_weight": 0}, "distill.kl_weight", "above 0"),
@@ -564,7 +569,11 @@ def trl_classes():
     """The classes themselves: the reference for what was read from their source."""
     import trl
 
-    return {"distill": trl.SFTConfig, "grpo": trl.GRPOConfig}
+    return {
+        "distill": trl.SFTConfig,
+        "on_policy": trl.DistillationConfig,
+        "grpo": trl.GRPOConfig,
+    }
 
 
 @pytest.mark.parametrize("section", TRL_SECTIONS)
@@ -593,7 +602,7 @@ def test_trl_names_collide_neither_with_ours_nor_with_pydantic(section):
 
 
 @pytest.mark.parametrize("section", TRL_SECTIONS)
-def test_trl_keys_are_accepted_in_both_sections(section):
+def test_trl_keys_are_accepted_in_every_such_section(section):
     assert len(trl_keys.settable_keys(section)) > 90
     given_values = {
         "learning_rate": 1,

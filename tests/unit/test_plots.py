@@ -101,6 +101,13 @@ def test_training_without_grpo_shows_the_loss(path):
     assert_picture(path)
 
 
+def test_the_title_compares_no_loss_with_that_of_another_stage(path):
+    distill = [{"step": s, "loss": 4.0} for s in range(1, 5)]
+    on_policy = [{"step": s, "loss": 0.4 / s} for s in (1, 2)]
+    title = plot_training({"distill": distill, "on_policy": on_policy}, path=path)
+    assert title == "Loss goes from 0.4 to 0.2"
+
+
 def test_movement_histogram_counts_every_weight_once():
     generator = torch.Generator().manual_seed(0)
     first = torch.randn(40, 30, generator=generator).exp() * torch.randn(

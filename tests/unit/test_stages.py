@@ -32,6 +32,20 @@ def test_a_later_command_goes_on_where_the_schedule_stood(tmp_path):
     assert not any(sparsity.schedule.is_due(sparsity.first_step + step) for step in range(1, 21))
 
 
+def test_steps_count_across_on_policy_where_it_refines(tmp_path):
+    folder = RunFolder.open(tmp_path)
+    stages = ["prune", "distill", "on_policy", "grpo", "evaluate"]
+    values = SHORT | {"on_policy.max_steps": 30, "run.stages": stages}
+    fixed = load_config(CONFIG, values)
+    assert first_step(fixed, folder, "grpo") == 40
+    assert stage_sparsity(fixed, folder, "on_policy", tmp_path).schedule is None
+    refining = load_config(CONFIG, values | {"refine.stages": stages[1:4]})
+    assert first_step(refining, folder, "on_policy") == 40
+    assert first_step(refining, folder, "grpo") == 70
+    assert end_step(refining, folder) == 54
+    assert stage_sparsity(refining, folder, "on_policy", tmp_path).schedule.end_step == 54
+
+
 def test_grpo_alone_starts_its_own_schedule(tmp_path):
     folder = RunFolder.open(tmp_path)
     alone = load_config(CONFIG, SHORT | {"run.stages": ["prune", "grpo", "evaluate"]})
