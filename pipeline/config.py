@@ -340,8 +340,15 @@ class RefineConfig(_Section):
 
 
 class EvaluateConfig(_Section):
-    """The measurement at the end."""
+    """The measurement at the end, and the small one while a stage trains."""
 
+    every_steps: int | None = Field(None, ge=1)
+    """Optimizer steps between two measurements of the greedy accuracy on the probe prompts; the
+    stage then leaves its best student at prune.sparsity, not its last. Null measures at the end
+    of the run only."""
+    patience: int | None = Field(None, ge=1)
+    """Such measurements without a better one, under its last mask, that end a training stage early;
+    null never does. The learning rate is then still where its schedule had brought it."""
     batch_size: int = Field(250, ge=1)
     """Prompts answered at once."""
     num_samples: int = Field(8, ge=0)

@@ -49,6 +49,7 @@ def cross_faults(config: Config) -> list[Fault]:
         _pattern_faults,
         _method_faults,
         _text_faults,
+        _heldout_faults,
         _sweep_faults,
         _engine_faults,
     )
@@ -296,6 +297,19 @@ def _text_faults(config: Config) -> Iterator[Fault]:
             f"{config.evaluate.text_seq_len}",
             f"set {config.evaluate.text_seq_len - 1} or less instead",
             ("evaluate.text_seq_len",),
+        )
+
+
+def _heldout_faults(config: Config) -> Iterator[Fault]:
+    """Patience counts measurements."""
+    values = config.evaluate
+    if values.patience is not None and values.every_steps is None:
+        yield Fault(
+            "evaluate.patience",
+            values.patience,
+            "counts measurements, and evaluate.every_steps is null",
+            "set evaluate.every_steps to a number of steps such as 50, or this to null",
+            ("evaluate.every_steps",),
         )
 
 

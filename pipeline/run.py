@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 import warnings
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,12 @@ SECTIONS_READ = {
 }
 """Config sections whose keys are inputs of a stage."""
 
+_HELDOUT = (("evaluate", "every_steps"), ("evaluate", "patience"), ("evaluate", "max_new_tokens"))
 KEYS_READ = {
     "prune": (("refine", "start_sparsity"), ("evaluate", "max_new_tokens")),
-    "distill": (("prune", "sparsity"), ("evaluate", "max_new_tokens")),
-    "on_policy": (("prune", "sparsity"),),
-    "grpo": (("prune", "sparsity"),),
+    "distill": (("prune", "sparsity"), *_HELDOUT),
+    "on_policy": (("prune", "sparsity"), *_HELDOUT),
+    "grpo": (("prune", "sparsity"), *_HELDOUT),
     "evaluate": (("prune", "sparsity"),),
     "sweep": (),
 }
@@ -130,7 +132,7 @@ def _run_stages(
         out = folder.stage(stage)
         if stage in ON_EVERY_RANK:
             from_here = checkpoint if checkpoint and checkpoint.parent.name == stage else None
-            ON_EVERY_RANK[stage](config, folder, inputs, out, from_here)
+            record |= asdict(ON_EVERY_RANK[stage](config, folder, inputs, out, from_here))
         else:
             on_main(partial(ON_RANK_0[stage], config, folder, inputs, out))
         seconds = record["seconds"] + time.monotonic() - started

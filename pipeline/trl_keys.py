@@ -30,7 +30,7 @@ _SOURCES = {  # base class first
 }
 
 _STAGES = ("the stages say what runs", "use run.stages instead")
-_NO_EVALUATION = ("no evaluation runs during training", "leave it out; stage evaluate measures")
+_NO_EVALUATION = ("the pipeline measures on its own prompts", "set evaluate.every_steps instead")
 _LOADING = ("the pipeline loads the models itself", "set student.dtype or student.path instead")
 _RESUME = ("the pipeline finds the checkpoint itself", "use --resume instead")
 _ONE_LOSS = ("the loss is KL and cross-entropy", "set distill.kl_weight, distill.ce_weight instead")
@@ -56,8 +56,8 @@ REFUSED_ALWAYS = {
     "eval_strategy": _NO_EVALUATION,
     "eval_on_start": _NO_EVALUATION,
     "load_best_model_at_end": (
-        "an earlier checkpoint has an earlier mask, not the final sparsity",
-        "leave it out",
+        "an earlier checkpoint may have an earlier mask, not the final sparsity",
+        "set evaluate.every_steps instead, which keeps the best student that has it",
     ),
     "save_only_model": ("a checkpoint without optimizer state cannot be resumed", "leave it out"),
     "auto_find_batch_size": (

@@ -48,6 +48,7 @@ def build_report(
     perplexity_on: str | None = None,
     text_path: str | None = None,
     refinement: Sequence[Mapping[str, Any]] | None = None,
+    heldout: Mapping[str, Mapping[str, Any]] | None = None,
     timing: Mapping[str, float] | None = None,
     peak_memory_bytes: int | None = None,
     versions: Mapping[str, str] | None = None,
@@ -69,6 +70,8 @@ def build_report(
         refinement: One entry for each refinement step: stage, step, target, pruned, regrown,
             survived (of all that ever regrew), accepted; under refine.verify also reward_before,
             reward_after (of the mask bound, or of the best one refused), score, and waited.
+        heldout: Training stage to its optimizer `steps`, and to `step` and `accuracy`, on prompts
+            set aside, of the student it left.
         timing: Stage to seconds.
         peak_memory_bytes: Largest of the run's processes.
         versions: Package to version.
@@ -95,6 +98,7 @@ def build_report(
         "top1_with_teacher": {
             name: agreement.top1 for name, agreement in _by_model(measured, "agreement").items()
         },
+        "heldout": {stage: dict(found) for stage, found in (heldout or {}).items()},
         "timing": dict(timing or {}),
         "versions": dict(versions or {}),
     }

@@ -88,7 +88,7 @@ def _percent_cell(values: Mapping[str, float], name: str) -> str:
 
 
 def key_facts(report: Report) -> list[str]:
-    """Sparsity, and the student's accuracy beside the dense model's, as sentences."""
+    """Sparsity, the student's accuracy beside the dense model's, and which students were kept."""
     sparsity = report["sparsity"]
     fact = f"Sparsity {sparsity['measured']:.4f}, counted in the saved weights"
     facts = [f"{fact}; asked for {sparsity['target']:g}." if "target" in sparsity else f"{fact}."]
@@ -101,6 +101,11 @@ def key_facts(report: Report) -> list[str]:
             f"Student / dense accuracy {ratio['value']:.3f} [{low:.3f}, {high:.3f}], difference "
             f"{100 * difference['value']:+.1f} points [{low_points:+.1f}, {high_points:+.1f}], on "
             f"the same {accuracy['num_prompts']:,} prompts."
+        )
+    for stage, found in report.get("heldout", {}).items():
+        facts.append(
+            f"Stage {stage} left its student of step {found['step']:,} of {found['steps']:,}, "
+            f"right on {percent(found['accuracy'])} of the prompts set aside for choosing it."
         )
     return facts
 

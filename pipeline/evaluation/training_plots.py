@@ -1,4 +1,4 @@
-"""Pictures of the way there: loss, reward and sparsity over steps; movement of the weights.
+"""Pictures of the way there: loss, reward, accuracy, sparsity over steps; movement of the weights.
 
 As in `plots.py`, every function draws one file and returns its title.
 """
@@ -22,9 +22,12 @@ from pipeline.evaluation.formats import number, percent
 PANELS = (
     ("loss", ("distill", "on_policy"), "distillation loss\n(nats per token)"),
     ("reward", ("grpo",), "mean reward\nper completion"),
+    ("heldout_accuracy", ("distill", "on_policy", "grpo"), "accuracy on\nprobe prompts"),
     ("sparsity", ("distill", "on_policy", "grpo"), "zeros among\nprunable weights"),
 )
 """Log key, the stages in which it is drawn, axis label; top to bottom."""
+
+FRACTIONS = ("heldout_accuracy", "sparsity")
 
 MOVEMENT_LABELS = {
     "kept": (
@@ -44,11 +47,12 @@ Curve = tuple[list[float], list[float]]
 
 
 def plot_training(logs: Mapping[str, Sequence[Mapping[str, float]]], *, path: Path) -> str:
-    """Loss, reward and sparsity over optimizer steps, counted across the stages.
+    """Loss, reward, held-out accuracy and sparsity over optimizer steps, counted across the stages.
 
     Args:
         logs: Stage (`distill`, `on_policy`, `grpo`) to its log history in order: mappings with
-            `step` and any of `loss`, `reward`, `sparsity`. At least one value in all.
+            `step` and any of `loss`, `reward`, `heldout_accuracy`, `sparsity`. At least one value
+            in all.
         path: File to write.
     """
     starts, end = {}, 0
@@ -64,13 +68,15 @@ def plot_training(logs: Mapping[str, Sequence[Mapping[str, float]]], *, path: Pa
     figure, all_axes = new_figure(title, 1.6 * len(panels) + 1, rows=len(panels), sharex=True)
     for axes, (key, label) in zip(all_axes, panels, strict=True):
         for xs, ys in curves[key]:
-            if key != "sparsity":
+            if key == "heldout_accuracy":
+                axes.plot(xs, ys, "o", color=BLUE, markersize=4)
+            elif key != "sparsity":
                 axes.plot(xs, ys, color=SKY, linewidth=1)
                 ys = _running_mean(ys, len(ys) // 20)
             axes.plot(xs, ys, color=BLUE, linewidth=2)
         for start in list(starts.values())[1:]:
             axes.axvline(start, color=GREY, linestyle="--", linewidth=1)
-        if key == "sparsity":
+        if key in FRACTIONS:
             axes.set_ylim(0, 1.02)
             axes.yaxis.set_major_formatter(percent_axis())
         values = [y for _, ys in curves[key] for y in ys]

@@ -14,7 +14,7 @@ from pipeline.ranks import on_main
 from pipeline.rollouts import Rollout
 from pipeline.stages.inputs import TaskInputs, open_student, open_teacher
 from pipeline.stages.teacher_rollouts import cached_rollouts
-from pipeline.stages.training import stage_sparsity, train
+from pipeline.stages.training import Training, stage_sparsity, train
 from pipeline.stages.verification import open_verification
 from pipeline.training.arguments import distill_arguments
 from pipeline.training.distill_trainer import DistillTrainer
@@ -22,7 +22,7 @@ from pipeline.training.distill_trainer import DistillTrainer
 
 def run(
     config: Config, folder: RunFolder, inputs: TaskInputs, out: Path, checkpoint: Path | None = None
-) -> None:
+) -> Training:
     """Samples the teacher once, then distils with the mask on."""
     teacher = open_teacher(config)
     on_main(lambda: len(teacher_completions(config, folder, teacher, inputs)))
@@ -41,7 +41,7 @@ def run(
         muon_learning_rate=config.distill.muon_learning_rate,
     )
     sparsity = stage_sparsity(config, folder, "distill", source, verification)
-    train(trainer, sparsity, out, checkpoint)
+    return train(config, inputs, trainer, sparsity, out, checkpoint)
 
 
 def teacher_completions(

@@ -144,6 +144,11 @@ def _report(
         perplexity_on=COMPLETIONS[config.evaluate.completions],
         text_path=config.evaluate.text_path,
         refinement=_stage_files(folder, REFINEMENTS_FILE),
+        heldout={
+            stage: {"steps": record["steps"], **record["student"]}
+            for stage, record in records.items()
+            if record and record["done"] and record.get("student")
+        },
         timing={name: r["seconds"] for name, r in records.items() if r and r["done"]},
         peak_memory_bytes=max(peaks, default=None),
         versions=installed_versions(),

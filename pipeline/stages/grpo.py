@@ -11,7 +11,7 @@ from pipeline.config import Config
 from pipeline.data.tasks import Row
 from pipeline.errors import UserError
 from pipeline.stages.inputs import TaskInputs, open_student, open_teacher
-from pipeline.stages.training import stage_sparsity, train
+from pipeline.stages.training import Training, stage_sparsity, train
 from pipeline.stages.verification import open_verification
 from pipeline.training.arguments import grpo_arguments
 from pipeline.training.grpo_trainer import TeacherGRPOTrainer
@@ -22,7 +22,7 @@ from rewards.mix import build_rewards
 
 def run(
     config: Config, folder: RunFolder, inputs: TaskInputs, out: Path, checkpoint: Path | None = None
-) -> None:
+) -> Training:
     """Trains with the reward mix of the config."""
     values = config.rewards
     functions, weights = reward_mix(config, inputs.verifier)
@@ -45,7 +45,7 @@ def run(
     watched_weight = 0.0 if in_reward else values.teacher_kl_weight
     trainer.add_callback(WatchCallback("grpo", config.grpo.on_trouble, watched_weight))
     sparsity = stage_sparsity(config, folder, "grpo", source, verification)
-    train(trainer, sparsity, out, checkpoint)
+    return train(config, inputs, trainer, sparsity, out, checkpoint)
 
 
 def reward_mix(config: Config, verifier: Verifier) -> tuple[list[Callable], list[float]]:

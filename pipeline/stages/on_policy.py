@@ -11,7 +11,7 @@ from datasets import Dataset
 from pipeline.artifacts import RunFolder
 from pipeline.config import Config
 from pipeline.stages.inputs import TaskInputs, open_student, open_teacher
-from pipeline.stages.training import stage_sparsity, train
+from pipeline.stages.training import Training, stage_sparsity, train
 from pipeline.stages.verification import open_verification
 from pipeline.training.arguments import on_policy_arguments
 from pipeline.training.on_policy_trainer import OnPolicyTrainer
@@ -19,7 +19,7 @@ from pipeline.training.on_policy_trainer import OnPolicyTrainer
 
 def run(
     config: Config, folder: RunFolder, inputs: TaskInputs, out: Path, checkpoint: Path | None = None
-) -> None:
+) -> Training:
     """Distils with the mask on; completions are sampled anew at each step."""
     teacher = open_teacher(config)
     verification = open_verification(config, folder, "on_policy", inputs, teacher)
@@ -36,4 +36,4 @@ def run(
         teacher_placement=config.teacher.placement,
     )
     sparsity = stage_sparsity(config, folder, "on_policy", source, verification)
-    train(trainer, sparsity, out, checkpoint)
+    return train(config, inputs, trainer, sparsity, out, checkpoint)

@@ -58,6 +58,8 @@ HARMLESS_KEYS = (
     ("calibration", "batch_size"),
     ("evaluate", "batch_size"),
     ("evaluate", "num_samples"),
+    ("evaluate", "every_steps"),
+    ("evaluate", "patience"),
 )
 """Keys that change no number of a cell."""
 
@@ -159,7 +161,10 @@ def _cell(
 
 
 def _row_config(config: Config, label: str, level: float) -> Config:
-    """The config of one cell: its own `prune`, a mask that stays, the stages it goes through."""
+    """The config of one cell: its own `prune`, a mask that stays, the stages it goes through.
+
+    Recovery takes the same number of steps for every student, so none of them is chosen or ends.
+    """
     recovers = level in config.sweep.recover_levels
     stages = ["prune", "distill"] if recovers else ["prune"]
     return config.model_copy(
@@ -167,6 +172,7 @@ def _row_config(config: Config, label: str, level: float) -> Config:
             "run": config.run.model_copy(update={"stages": stages}),
             "prune": sweep_row(config, label, level),
             "refine": RefineConfig(stages=[]),
+            "evaluate": config.evaluate.model_copy(update={"every_steps": None, "patience": None}),
         }
     )
 

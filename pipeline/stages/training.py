@@ -6,6 +6,7 @@ Every rank runs what is here; rank 0 writes the model and the JSON files.
 import json
 import logging
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,20 @@ import torch
 from transformers import Trainer
 
 from pipeline.artifacts import MASK_FILE, RunFolder, write_json
-from pipeline.config import END_FRACTION, Config
+from pipeline.config import END_FRACTION, TRAINING_STAGES, Config
 from pipeline.errors import UserError
-from pipeline.ranks import is_main, wait_for_all
+from pipeline.ranks import is_main, on_main, wait_for_all
 from pipeline.sparsity.masks import save_masks
 from pipeline.sparsity.movement import MovementRule
 from pipeline.sparsity.refine import RefinementRule
 from pipeline.sparsity.schedule import RefinementSchedule
 from pipeline.sparsity.storage import save_state
-from pipeline.stages.inputs import save_model
+from pipeline.stages.inputs import TaskInputs, save_model
 from pipeline.training.arguments import forget_deepspeed
+from pipeline.training.best_student import adopt_best, read_best
 from pipeline.training.checkpoint import check_layout, newest_whole_checkpoint
+from pipeline.training.heldout import HeldoutCallback
+from pipeline.training.probe import Probe, ProbePrompt
 from pipeline.training.sparse_trainer import Sparsity, layout_of
 from pipeline.training.verified_refinement import Verification
 
@@ -70,12 +74,12 @@ def end_step(config: Config, folder: RunFolder) -> int:
 
 def first_step(config: Config, folder: RunFolder, stage: str) -> int:
     """Optimizer steps of the refining stages before this one, in this command or earlier."""
-    order, steps = config.refine.stages, 0
-    for name in order[: order.index(stage)] if stage in order else []:
+    position, steps = TRAINING_STAGES.index(stage), 0
+    for name in (n for n in config.refine.stages if TRAINING_STAGES.index(n) < position):
         record = folder.record(name)
-        if record is not None:
-            steps += record.get("max_steps", 0)  # 0: it kept its mask
-        elif name in config.run.stages:
+        if record is not None and "max_steps" in record:  # else it kept its mask
+            steps += record.get("steps", record["max_steps"])
+        elif record is None and name in config.run.stages:
             steps += max_steps(config, name)
     return steps
 
@@ -90,6 +94,7 @@ def stage_sparsity(
     """Schedule and rules of one stage, whose masks come from the folder `source`."""
     refine = config.refine
     start = config.prune.sparsity if refine.start_sparsity is None else refine.start_sparsity
+    earlier = _earlier_refinements(folder, stage)
     schedule = None
     if stage in refining_stages(config) and config.moves_mask:
         schedule = RefinementSchedule(
@@ -118,22 +123,55 @@ def stage_sparsity(
         ),
         first_step=first_step(config, folder, stage),
         stage=stage,
+        starts_final=start == config.prune.sparsity or _is_complete(config, folder, earlier),
         is_last=[stage] == refining_stages(config)[-1:],
         verification=verification,
-        earlier=_refinements(source),
+        earlier=earlier,
     )
 
 
-def _refinements(source: Path) -> list[dict[str, Any]]:
-    """What the stage before did to the mask, where it trained."""
-    path = source / REFINEMENTS_FILE
-    return json.loads(path.read_text()) if path.exists() else []
+def _earlier_refinements(folder: RunFolder, stage: str) -> list[dict[str, Any]]:
+    """What the training stages before this one did to the mask."""
+    before = TRAINING_STAGES[: TRAINING_STAGES.index(stage)]
+    paths = [folder.stage(name) / REFINEMENTS_FILE for name in before if folder.is_done(name)]
+    lists = [json.loads(path.read_text()) for path in paths if path.exists()]
+    return [entry for entries in lists for entry in entries]
 
 
-def train(trainer: Trainer, sparsity: Sparsity, out: Path, checkpoint: Path | None) -> None:
+def _is_complete(config: Config, folder: RunFolder, refinements: list[dict[str, Any]]) -> bool:
+    """Whether the schedule's last target was reached, late where it waited."""
+    if not refinements:
+        return False
+    last = refinements[-1]
+    return last["step"] - last.get("waited", 0) >= end_step(config, folder)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a stage has trained."""
+
+    steps: int
+    """Optimizer steps, fewer than `max_steps` where it ended early."""
+    student: dict[str, Any] | None
+    """`step` and held-out `accuracy` of the student it left; None where it did not measure."""
+
+
+def train(
+    config: Config,
+    inputs: TaskInputs,
+    trainer: Trainer,
+    sparsity: Sparsity,
+    out: Path,
+    checkpoint: Path | None,
+) -> Training:
     """Trains to the end, from a checkpoint where there is a whole one, and saves the student.
 
+    The student saved is the last one, or under `evaluate.every_steps` the best one at the final
+    sparsity, with the mask and the movement of its step.
+
     Args:
+        config: Of the run.
+        inputs: The task.
         trainer: A `SparseTrainer` whose output folder is `out`.
         sparsity: Masks of the stage before; replaced by the checkpoint's on resume.
         out: The stage's folder.
@@ -144,17 +182,47 @@ def train(trainer: Trainer, sparsity: Sparsity, out: Path, checkpoint: Path | No
         check_layout(checkpoint, layout_of(trainer))
         logger.info("%s: resuming from %s", sparsity.stage, checkpoint)
         sparsity.resume(checkpoint)
-    engine = trainer.add_sparsity(sparsity)
+    trainer.add_sparsity(sparsity)
+    heldout = _heldout(config, inputs, trainer, out)
+    if heldout is not None:
+        heldout.resume(checkpoint)
+        trainer.add_heldout(heldout)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    _save_student(trainer, out)
-    save_state(out, engine.state, engine.weights)
-    masks = dict(engine.state.whole_masks(engine.weights))
+    best = None if heldout is None else on_main(lambda: read_best(out))
+    if best is None:
+        save_student(trainer, out)
+    elif is_main():
+        adopt_best(out)
     if is_main():
-        save_masks(out / MASK_FILE, masks)
         write_json(out / REFINEMENTS_FILE, sparsity.refinements)
         write_json(out / "log_history.json", [_finite(logs) for logs in trainer.state.log_history])
     wait_for_all()
     forget_deepspeed()
+    return Training(trainer.state.global_step, best)
+
+
+def _heldout(
+    config: Config, inputs: TaskInputs, trainer: Trainer, out: Path
+) -> HeldoutCallback | None:
+    """What measures while the stage trains; None where `evaluate.every_steps` is not set."""
+    values = config.evaluate
+    if values.every_steps is None:
+        return None
+    probe = Probe(
+        trainer,
+        [ProbePrompt(inputs.encode(row.prompt), row.answer) for row in inputs.task.probe],
+        inputs.verifier,
+        max_new_tokens=values.max_new_tokens,
+        batch_size=values.batch_size,
+    )
+    return HeldoutCallback(
+        trainer,
+        folder=out,
+        every_steps=values.every_steps,
+        patience=values.patience,
+        measure=probe.accuracy,
+        save=lambda folder: save_student(trainer, folder),
+    )
 
 
 def _finite(logs: dict[str, float | None]) -> dict[str, float]:
@@ -165,7 +233,22 @@ def _finite(logs: dict[str, float | None]) -> dict[str, float]:
     return {key: value for key, value in logs.items() if value is not None and math.isfinite(value)}
 
 
-def _save_student(trainer: Trainer, out: Path) -> None:
+def save_student(trainer: Trainer, folder: Path) -> None:
+    """Writes model, masks and movement of now into a folder. Every rank calls it.
+
+    Args:
+        trainer: A `SparseTrainer` in training, or after it.
+        folder: It exists.
+    """
+    engine = trainer.sparsity
+    _save_model(trainer, folder)
+    save_state(folder, engine.state, engine.weights)
+    masks = dict(engine.state.whole_masks(engine.weights))
+    if is_main():
+        save_masks(folder / MASK_FILE, masks)
+
+
+def _save_model(trainer: Trainer, out: Path) -> None:
     """Gathers the weights where they are in pieces, and writes them once."""
     state_dict = None
     if trainer.is_deepspeed_enabled:

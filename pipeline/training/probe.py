@@ -78,7 +78,7 @@ class Probe:
 
     def accuracy(self) -> float:
         """Fraction of prompts whose greedy answer is right, in [0, 1]. Every rank calls it."""
-        return self.correct().float().mean().item()
+        return self.correct().double().mean().item()
 
     def correct(self) -> Tensor:
         """Bool (n,) on the CPU: whether each greedy answer is right. Every rank calls it."""

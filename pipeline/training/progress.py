@@ -2,7 +2,15 @@
 
 from transformers import ProgressCallback
 
-WATCHED = ("loss", "kl", "reward", "frac_reward_zero_std", "teacher_kl", "sparsity")
+WATCHED = (
+    "loss",
+    "kl",
+    "reward",
+    "frac_reward_zero_std",
+    "teacher_kl",
+    "sparsity",
+    "heldout_accuracy",
+)
 
 
 class StageProgress(ProgressCallback):
@@ -12,6 +20,7 @@ class StageProgress(ProgressCallback):
         """`stage`: the name on the bar."""
         super().__init__()
         self.stage = stage
+        self.shown: dict[str, str] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Opens the bar at the step the stage resumes from."""
@@ -30,5 +39,5 @@ class StageProgress(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Shows what is watched."""
         if self.training_bar is not None:
-            shown = {key: f"{logs[key]:.3g}" for key in WATCHED if key in logs}
-            self.training_bar.set_postfix(shown)
+            self.shown |= {key: f"{logs[key]:.3g}" for key in WATCHED if key in logs}
+            self.training_bar.set_postfix(self.shown)

@@ -30,6 +30,7 @@ from pipeline.training.checkpoint import (
     load_refinements,
     load_sparsity,
 )
+from pipeline.training.heldout import HeldoutCallback
 from pipeline.training.progress import StageProgress
 from pipeline.training.skipped_steps import SkippedSteps
 from pipeline.training.verified_refinement import Verification, VerifiedRefinement
@@ -50,12 +51,14 @@ class Sparsity:
     first_step: int
     """Steps of earlier stages that refine; the schedule counts across them."""
     stage: str
+    starts_final: bool = True
+    """Whether the masks at `source` have the final sparsity already."""
     is_last: bool = True
     """Whether no later stage refines."""
     verification: Verification | None = None
     """How candidate masks are judged; None: the schedule's mask is bound unseen."""
     earlier: list[dict[str, Any]] = field(default_factory=list)
-    """Refinements of the stage before, behind which a schedule that waits goes on."""
+    """Refinements of the stages before, behind which a schedule that waits goes on."""
     refinements: list[dict[str, Any]] = field(default_factory=list)
 
     def resume(self, checkpoint: Path) -> None:
@@ -120,18 +123,36 @@ class SparsityCallback(TrainerCallback):
         self.bind()
         self.measured = self.state.sparsity(self.weights)
 
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far, counted across the stages that refine."""
+        return self.sparsity.first_step + self.trainer.state.global_step
+
+    @property
+    def is_last_mask(self) -> bool:
+        """Whether no refinement of this stage's schedule is to come."""
+        schedule = self.sparsity.schedule
+        if self.verified is not None:
+            return self._waiting().is_complete
+        return schedule is None or self.step >= schedule.end_step
+
+    @property
+    def is_final_sparsity(self) -> bool:
+        """Whether the masks have the sparsity that the whole run is after."""
+        sparsity = self.sparsity
+        return sparsity.starts_final or (sparsity.schedule is not None and self.is_last_mask)
+
     def bind(self) -> None:
         """Puts the hooks on the optimizer."""
         self.hooks = SparsityHooks(self.weights, self.state, self.sparsity.movement)
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Tells the hooks which step comes, from 1."""
-        self.hooks.step = self.sparsity.first_step + state.global_step + 1
+        self.hooks.step = self.step + 1
 
     def on_step_end(self, args, state, control, **kwargs):
         """Refines the mask when the schedule says so."""
-        sparsity = self.sparsity
-        step = sparsity.first_step + state.global_step
+        sparsity, step = self.sparsity, self.step
         refine_at = self._refine if self.verified is None else self._refine_verified
         try:
             entry = None if sparsity.schedule is None else refine_at(step)
@@ -195,6 +216,7 @@ class SparseTrainer:
     """Mixin for a TRL trainer; call `add_sparsity` before `train`."""
 
     sparsity: SparsityCallback
+    heldout: HeldoutCallback | None = None
 
     def add_sparsity(self, sparsity: Sparsity) -> SparsityCallback:
         """Makes the trainer keep and refine the masks. Returns the callback that does it."""
@@ -211,6 +233,11 @@ class SparseTrainer:
         if hasattr(self, "_last_loaded_step"):
             self._last_loaded_step = -1
 
+    def add_heldout(self, heldout: HeldoutCallback) -> None:
+        """Makes the trainer measure held-out accuracy; after `add_sparsity`."""
+        self.heldout = heldout
+        self.add_callback(heldout)
+
     def train(self, *args, **kwargs):
         """Trains; whatever ends it, the next message starts on a line of its own."""
         try:
@@ -219,6 +246,14 @@ class SparseTrainer:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, StageProgress):
                     callback.close()
+
+    def _run_epoch(self, *args, **kwargs):
+        """Nothing after a stage's last checkpoint, where transformers takes one more step."""
+        has_ended = self.state.global_step >= self.state.max_steps
+        if has_ended or (self.heldout is not None and self.heldout.is_over):
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Adds the fraction of pruned weights and the number of skipped steps to the log."""
@@ -241,6 +276,8 @@ class SparseTrainer:
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         begin_checkpoint(checkpoint)
         super()._save_checkpoint(model, trial)
+        if self.heldout is not None:
+            self.heldout.keep(checkpoint)
         callback = self.sparsity
         finish_checkpoint(
             checkpoint,

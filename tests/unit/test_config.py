@@ -372,6 +372,7 @@ def test_a_rule_is_not_applied_to_a_key_that_is_faulty_itself():
         ({"refine.begin_step": 9, "refine.end_step": 9}, "refine.end_step", "set 10 or more"),
         ({"refine.start_sparsity": 0.95}, "refine.start_sparsity", "set 0.9 or less"),
         ({"refine.start_sparsity": 0.1, "refine.stages": []}, "refine.stages", "[distill, grpo]"),
+        ({"evaluate.patience": 3}, "evaluate.patience", "set evaluate.every_steps to a number"),
         (
             {"run.stages": ["prune", "on_policy"], "refine.stages": ["on_policy"]},
             "on_policy.max_steps",
@@ -493,6 +494,7 @@ def test_keys_that_do_not_fit_together(overrides, key, remedy):
         {"refine.start_sparsity": 0.0, "refine.end_step": 1},
         {"refine.start_sparsity": 0.0, "refine.verify": True},
         {"refine.stages": []},
+        {"evaluate.patience": 3, "evaluate.every_steps": 50},
         {"refine.stages": ["grpo"], "distill.max_steps": -1},
         {"distill.kl_weight": 0, "distill.ce_weight": 1},
         {"prune.sparsity": 0.999},

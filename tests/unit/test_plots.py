@@ -101,6 +101,20 @@ def test_training_without_grpo_shows_the_loss(path):
     assert_picture(path)
 
 
+def test_held_out_accuracy_has_a_panel_with_every_measurement(monkeypatch, path):
+    drawn = []
+    monkeypatch.setattr(training_plots, "save_figure", lambda figure, path: drawn.append(figure))
+    logs = training_logs()
+    logs["grpo"] += [{"step": step, "heldout_accuracy": step / 100} for step in (20, 60)]
+    plot_training(logs, path=path)
+    _, _, accuracy, sparsity = drawn[0].axes
+    assert accuracy.get_ylabel() == "accuracy on\nprobe prompts"
+    points = [line for line in accuracy.lines if list(line.get_xdata()) == [120, 160]]
+    assert points
+    assert list(points[0].get_ydata()) == [0.2, 0.6]
+    assert accuracy.get_ylim() == sparsity.get_ylim()
+
+
 def test_the_title_compares_no_loss_with_that_of_another_stage(path):
     distill = [{"step": s, "loss": 4.0} for s in range(1, 5)]
     on_policy = [{"step": s, "loss": 0.4 / s} for s in (1, 2)]

@@ -263,3 +263,19 @@ def test_text_perplexity_has_a_column_where_it_was_measured():
     page = render_markdown(report, description())
     assert "Text perplexity: per token of other.txt; 4,000 tokens in windows of 512." in page
     assert "text perplexity" not in model_table(full_report())[0]
+
+
+def test_the_student_a_stage_kept_is_said_with_its_step_and_the_phases_stand_in_order():
+    heldout = {"on_policy": {"steps": 1500, "step": 1200, "accuracy": 0.9375}}
+    models = {
+        "student": measurements(186, 1.09, 0.021),
+        "on_policy": measurements(150, 1.2, 0.1),
+        "distilled": measurements(120, 1.41, 0.35),
+    }
+    report = full_report(models=models, heldout=heldout)
+    assert report["heldout"] == heldout
+    assert [row[0] for row in model_table(report)[1:]] == ["distilled", "on_policy", "student"]
+    said = "Stage on_policy left its student of step 1,200 of 1,500, right on 93.8 % of the prompts"
+    assert said in terminal_summary(report, description())
+    assert said in render_markdown(report, description())
+    assert "heldout" not in full_report()

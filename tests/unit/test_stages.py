@@ -8,6 +8,7 @@ from pipeline.artifacts import RunFolder
 from pipeline.config_loading import load_config
 from pipeline.run import stage_inputs
 from pipeline.sparsity.schedule import Waiting
+from pipeline.stages import sweep
 from pipeline.stages.training import end_step, first_step, stage_sparsity
 from pipeline.stages.verification import mask_reward
 from pipeline.training.mask_choice import MaskReward
@@ -30,6 +31,35 @@ def test_a_later_command_goes_on_where_the_schedule_stood(tmp_path):
     assert end_step(later, folder) == 24
     sparsity = stage_sparsity(later, folder, "grpo", tmp_path)
     assert not any(sparsity.schedule.is_due(sparsity.first_step + step) for step in range(1, 21))
+
+
+def test_a_stage_that_ended_early_counts_the_steps_it_took(tmp_path):
+    folder = RunFolder.open(tmp_path)
+    record = {"done": True, "max_steps": 40, "steps": 30, "refine_end_step": 24}
+    folder.write_record("distill", record)
+    later = load_config(CONFIG, SHORT | {"run.stages": ["grpo", "evaluate"]})
+    assert first_step(later, folder, "grpo") == 30
+
+
+@pytest.mark.parametrize(
+    ("last", "final"),
+    [({"step": 24}, True), ({"step": 20}, False), ({"step": 30, "waited": 10}, False)],
+)
+def test_a_stage_knows_whether_its_mask_is_the_final_one_also_behind_one_that_kept_it(
+    tmp_path, last, final
+):
+    folder = RunFolder.open(tmp_path)
+    folder.write_record("distill", {"done": True, "max_steps": 40, "refine_end_step": 24})
+    folder.write_record("on_policy", {"done": True})
+    for stage, entries in (("distill", [{"step": 10, "waited": 0}, last]), ("on_policy", [])):
+        (folder.stage(stage) / "refinements.json").write_text(json.dumps(entries))
+    stages = ["prune", "distill", "on_policy", "grpo", "evaluate"]
+    config = load_config(CONFIG, SHORT | {"on_policy.max_steps": 5, "run.stages": stages})
+    for stage in ("on_policy", "grpo"):
+        sparsity = stage_sparsity(config, folder, stage, tmp_path)
+        assert sparsity.starts_final == final
+        assert sparsity.earlier[-1] == last
+    assert not stage_sparsity(config, folder, "distill", tmp_path).starts_final
 
 
 def test_steps_count_across_on_policy_where_it_refines(tmp_path):
@@ -68,6 +98,18 @@ def test_a_schedule_that_waited_goes_on_in_the_next_stage(tmp_path):
     assert waiting.is_due(50)
     assert sparsity.is_last
     assert not stage_sparsity(load_config(CONFIG, SHORT), folder, "distill", source).is_last
+
+
+def test_a_sweep_trains_all_students_for_equally_long_whatever_runs_measure():
+    level = {"sweep.recover_levels": [0.9], "distill.max_steps": 5}
+    plain = load_config("configs/sweep.yaml", level)
+    measuring = load_config(
+        "configs/sweep.yaml", level | {"evaluate.every_steps": 2, "evaluate.patience": 1}
+    )
+    label = next(iter(plain.sweep.rows))
+    rows = [sweep._row_config(config, label, 0.9) for config in (plain, measuring)]
+    assert rows[1].evaluate.every_steps is rows[1].evaluate.patience is None
+    assert sweep._depends_on(rows[0], "models") == sweep._depends_on(rows[1], "models")
 
 
 def test_a_mask_is_judged_by_the_weights_of_the_reward_mix():
