@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.artifacts import (
@@ -301,9 +302,18 @@ def _quiet_libraries() -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
 
 
+class _AboveBars(logging.StreamHandler):
+    """Writes above the progress bars that are open, not behind them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Takes the bars away for the time of one message."""
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
+
 def _log_to(path: Path) -> None:
     """Sends the pipeline's log to the terminal and, appended, to the run folder; rank 0 only."""
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    handlers: list[logging.Handler] = [_AboveBars(sys.stderr)]
     if is_main():
         handlers.append(logging.FileHandler(path, delay=True))
     logging.basicConfig(

@@ -107,7 +107,7 @@ class HeldoutCallback(TrainerCallback):
             write_best(self.folder, self.save, found.step, found.accuracy)
         if self.is_over and not is_last:
             logger.info(
-                "%s: ends at step %d of %d: the last %d measurements brought nothing better",
+                "%s: ends at step %d of %d: nothing better within evaluate.patience, %d",
                 sparsity.sparsity.stage,
                 state.global_step,
                 state.max_steps,
