@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from pipeline.config import END_FRACTION, Config
+from pipeline.config import END_FRACTION, TRAINING_STAGES, Config
 
 MIN_DIFFERENCE = 0.01
 """Sparsity by which the second of two masks is sparser at least."""
@@ -110,7 +110,7 @@ def _identical_completions(config: Config) -> Iterator[Contradiction]:
 def _idle_bonus(config: Config) -> Iterator[Contradiction]:
     """The sparsity bonus acts where masks are compared."""
     weight, stages = config.rewards.sparsity_weight, config.run.stages
-    if weight == 0 or not {"distill", "grpo"} & set(stages):
+    if weight == 0 or not set(TRAINING_STAGES) & set(stages):
         return
     verifies = config.refine.verify and set(config.refine.stages) & set(stages)
     two_masks = config.grpo.num_masks == 2 and "grpo" in stages
@@ -166,10 +166,10 @@ def _idle_end(config: Config) -> Iterator[Contradiction]:
     refine, stages = config.refine, config.run.stages
     refining = [stage for stage in refine.stages if stage in stages]
     steps = {name: getattr(config, name).trl_values.get("max_steps") or 0 for name in refining}
-    if refine.verify or ("distill" in refine.stages and "distill" not in stages):
+    if refine.verify or refining != refine.stages:
         return  # it may wait, or has begun before, and its record says when
     end = refine.end_step or round(END_FRACTION * sum(steps.values()))
-    before = steps.get("distill", 0)
+    before = sum(steps.values()) - steps["grpo"]
     begin = refine.begin_step
     last = before - (before - begin) % refine.every_steps  # refinement before grpo
     to_go = 1.0 if last < begin else max(0.0, (end - last) / max(1, end - begin))
@@ -185,6 +185,7 @@ def _idle_end(config: Config) -> Iterator[Contradiction]:
             "refine.stages",
             "prune.sparsity",
             "distill.max_steps",
+            "on_policy.max_steps",
             "grpo.max_steps",
             remedy="set a later refine.end_step, refine.stages: [grpo], or num_masks 1,",
         )
