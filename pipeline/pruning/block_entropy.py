@@ -13,16 +13,20 @@ Source: the idea of EntroDrop (arXiv 2504.03794), whose abstract leaves the esti
 Assumptions: NUM_BINS bins of equal width a channel, from the smallest to the largest value the
 channel takes before or after the block. One set of bins for both makes the increase exactly 0 where
 a block adds nothing, and lets growth count, not only the shape of the distribution. Increases are
-measured once, in the dense model, in one forward pass; attention and MLP blocks compete. On a small
-arithmetic Llama the order of its six blocks is nearly that of the KL which dropping each costs, and
+measured once, in the dense model; attention and MLP blocks compete. On a small arithmetic Llama the
+order of its six blocks is nearly that of the KL which dropping each costs, and
 the same with 16 and 256 bins; with bins of its own for each state, the last MLP, 0.88 nats, would
 have gone first.
+
+Every layer runs twice over the batches, first for the bounds of the bins, then to count. So beside
+the hidden states on their way from layer to layer only those of one batch exist, and counts do not
+depend on how the set is cut.
 
 Left out: measuring again after each drop; sparing the first layers whatever their increase.
 """
 
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +44,8 @@ from pipeline.pruning.calibration import (
 )
 
 NUM_BINS = 64
+TOKENS_AT_ONCE = 4096
+"""Tokens whose bins are numbered at once, 8 bytes a channel."""
 
 
 def block_masks(
@@ -86,7 +92,7 @@ def entropy_increases(
 ) -> dict[str, float]:
     """What each block adds to the entropy of the residual stream, mean over channels.
 
-    Holds the hidden states of all calibration tokens around one layer, four times, and a histogram.
+    Two forward passes.
 
     Args:
         model: In evaluation mode.
@@ -99,22 +105,21 @@ def entropy_increases(
     Raises:
         UserError: There is no calibration token, or a hidden state is not finite.
     """
-    if not any(batch.attention_mask.any() for batch in batches):
+    used = [batch for batch in batches if batch.attention_mask.any()]
+    if not used:
         raise UserError("task.num_calibration: there is no calibration token; set at least 1 row")
-    streams = [first_layer_input(model, batch, "input_norm") for batch in batches]
-    before = [real_tokens(stream.pruned, stream) for stream in streams]
+    streams = [first_layer_input(model, batch, "input_norm") for batch in used]
     increases = {}
     bar = {"desc": progress, "disable": progress is None, "delay": PROGRESS_DELAY_SECONDS}
     for index, layer in enumerate(tqdm(decoder_layers(model), **bar)):
-        between, after = [], []
+        blocks = [_Histograms(f"model.layers.{index}.{block}") for block in ("self_attn", "mlp")]
         for stream in streams:
-            after_attention, stream.pruned = _layer_states(layer, stream)
-            between.append(real_tokens(after_attention, stream))
-            after.append(real_tokens(stream.pruned, stream))
-        for block, *states in (("self_attn", before, between), ("mlp", between, after)):
-            name = f"model.layers.{index}.{block}"
-            increases[name] = _entropy_increase(name, *states)
-        before = after
+            _feed([block.widen for block in blocks], _residuals(layer, stream), stream)
+        for stream in streams:
+            residuals = _residuals(layer, stream)
+            _feed([block.count for block in blocks], residuals, stream)
+            stream.pruned = residuals[-1]
+        increases |= {block.name: block.increase() for block in blocks}
     return increases
 
 
@@ -123,8 +128,8 @@ def _block(name: str) -> str:
     return name.rsplit(".", 2)[0]
 
 
-def _layer_states(layer: nn.Module, stream: Stream) -> tuple[Tensor, Tensor]:
-    """The residual stream (B, S, hidden) after a layer's attention and after its MLP."""
+def _residuals(layer: nn.Module, stream: Stream) -> list[Tensor]:
+    """The residual stream (B, S, hidden) before a layer, after its attention, after its MLP."""
     between = []
     handle = layer.post_attention_layernorm.register_forward_pre_hook(
         lambda _, inputs: between.append(inputs[0])
@@ -133,42 +138,65 @@ def _layer_states(layer: nn.Module, stream: Stream) -> tuple[Tensor, Tensor]:
         after = layer(stream.pruned, **stream.layer_arguments)
     finally:
         handle.remove()
-    return between[0], after
+    return [stream.pruned, *between, after]
 
 
-def _entropy_increase(name: str, before: list[Tensor], after: list[Tensor]) -> float:
-    """Entropy after a block less the entropy before it, from tokens (n, hidden) batch by batch."""
-    parts = [part for part in (*before, *after) if len(part)]
-    low = torch.stack([part.amin(0) for part in parts]).amin(0)
-    high = torch.stack([part.amax(0) for part in parts]).amax(0)
-    if not (low.isfinite() & high.isfinite()).all():
-        raise UserError(
-            f"calibration: a hidden state at {name} is not finite; set student.dtype to float32 or "
-            "use other calibration rows"
-        )
-    return _entropy(after, low, high) - _entropy(before, low, high)
+def _feed(
+    receive: Sequence[Callable[[Tensor, Tensor], None]],
+    residuals: Sequence[Tensor],
+    stream: Stream,
+) -> None:
+    """Gives each block's receiver the tokens (n, hidden) before and after the block."""
+    tokens = [real_tokens(residual, stream) for residual in residuals]
+    for take, (before, after) in zip(receive, pairwise(tokens), strict=True):
+        take(before, after)
 
 
-def _entropy(tokens: list[Tensor], low: Tensor, high: Tensor) -> float:
-    """Mean entropy of the channels.
+class _Histograms:
+    """The residual stream before and after one block, every channel in bins that both share."""
+
+    def __init__(self, name: str):
+        """`name`: the block's."""
+        self.name = name
+        self._low = self._high = None
+        self._counts: list[Tensor | int] = [0, 0]
+
+    def widen(self, before: Tensor, after: Tensor) -> None:
+        """Makes the bins reach as far as these tokens (n, channels) do."""
+        for tokens in (before, after):
+            low, high = tokens.amin(0), tokens.amax(0)
+            self._low = low if self._low is None else torch.minimum(self._low, low)
+            self._high = high if self._high is None else torch.maximum(self._high, high)
+        if not (self._low.isfinite() & self._high.isfinite()).all():
+            raise UserError(
+                f"calibration: a hidden state at {self.name} is not finite; set student.dtype to "
+                "float32 or use other calibration rows"
+            )
+
+    def count(self, before: Tensor, after: Tensor) -> None:
+        """Counts tokens (n, channels) that the bins reach."""
+        width = torch.where(self._high > self._low, self._high - self._low, 1.0)
+        offset = NUM_BINS * torch.arange(len(width), device=width.device)
+        for state, tokens in enumerate((before, after)):
+            for part in tokens.split(TOKENS_AT_ONCE):
+                bins = ((part - self._low) / width * NUM_BINS).long().clamp(0, NUM_BINS - 1)
+                self._counts[state] += (
+                    bins.add_(offset).flatten().bincount(minlength=NUM_BINS * len(width))
+                )
+
+    def increase(self) -> float:
+        """Entropy after the block less the entropy before it, mean over channels, in nats."""
+        before, after = (_entropy(counts.view(-1, NUM_BINS)) for counts in self._counts)
+        return after - before
+
+
+def _entropy(counts: Tensor) -> float:
+    """Mean entropy in nats of channels, from how often each of their bins was met.
 
     Args:
-        tokens: Parts (n, channels) of the sample.
-        low: (channels,) where the first bin begins.
-        high: (channels,) where the last bin ends.
-
-    Returns:
-        Nats.
+        counts: (channels, NUM_BINS) int64.
     """
-    num_channels = len(low)
-    offset = NUM_BINS * torch.arange(num_channels, device=low.device)
-    width = torch.where(high > low, high - low, 1.0)
-    counts = torch.zeros(num_channels * NUM_BINS, dtype=torch.int64, device=low.device)
-    for part in tokens:
-        bins = ((part - low) / width * NUM_BINS).long().clamp(max=NUM_BINS - 1)
-        counts += (bins + offset).flatten().bincount(minlength=len(counts))
-    fractions = counts.view(num_channels, NUM_BINS).double()
-    fractions /= fractions.sum(1, keepdim=True)
+    fractions = counts / counts.sum(1, keepdim=True).double()
     return torch.special.entr(fractions).sum(1).mean().item()
 
 

@@ -1,6 +1,7 @@
 """Entropy of the residual stream against numpy's histogram, and which blocks are dropped for it."""
 
 import re
+import weakref
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.models.prunable import apply_masks, measured_sparsity, prunable_weights
 from pipeline.pruning.block_entropy import NUM_BINS, block_masks, entropy_increases
+from pipeline.pruning.calibration import real_tokens
 from tests.unit.pruning_models import make_batches, make_model, make_rows
 
 BLOCKS = [f"model.layers.{i}.{block}" for i in range(2) for block in ("self_attn", "mlp")]
@@ -147,3 +149,24 @@ def test_unfit_calibration_is_refused():
     model.model.layers[1].input_layernorm.weight.data[0] = float("inf")
     with pytest.raises(UserError, match=r"model\.layers\.1\.self_attn is not finite"):
         block_masks(model, make_batches(), 0.5)
+
+
+def test_hidden_states_of_one_batch_exist_at_a_time(monkeypatch):
+    made, most = [], []
+
+    def watched(residual, stream):
+        tokens = real_tokens(residual, stream)
+        made.append(weakref.ref(tokens))
+        most.append(sum(reference() is not None for reference in made))
+        return tokens
+
+    monkeypatch.setattr("pipeline.pruning.block_entropy.real_tokens", watched)
+    entropy_increases(make_model(), make_batches(batch_size=1))
+    assert len(made) == 2 * 3 * 2 * 7, "two passes, three states, two layers, seven batches"
+    assert max(most) == 3
+
+
+def test_tokens_counted_in_parts_are_the_same(monkeypatch):
+    expected = entropy_increases(make_model(), make_batches())
+    monkeypatch.setattr("pipeline.pruning.block_entropy.TOKENS_AT_ONCE", 5)
+    assert entropy_increases(make_model(), make_batches()) == expected
