@@ -423,3 +423,12 @@ def sweep_row(config: Config, label: str, sparsity: float | None = None) -> Prun
     """
     values = config.prune.model_dump() | config.sweep.rows[label]
     return PruneConfig(**values if sparsity is None else values | {"sparsity": sparsity})
+
+
+def sweep_levels(config: Config, label: str) -> list[float]:
+    """The levels of a row of a sweep: all of `sweep.levels`, of N:M its own if it is among them."""
+    scope = sweep_row(config, label).scope or ""
+    if ":" not in scope:
+        return config.sweep.levels
+    kept, length = map(int, scope.split(":"))
+    return [level for level in config.sweep.levels if abs(level - (1 - kept / length)) < 1e-6]

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.config import TRAINING_STAGES, Config, sweep_row
+from pipeline.config import TRAINING_STAGES, Config, PruneConfig, sweep_levels, sweep_row
 from pipeline.prune_rules import STRUCTURED, contradictions
 from pipeline.reward_rules import idle_terms
 
@@ -247,25 +247,7 @@ def _fixed_mask_faults(config: Config, pattern: str, key: str) -> Iterator[Fault
 def _method_faults(config: Config) -> Iterator[Fault]:
     """What the one-shot method does not go with."""
     prune = config.prune
-    for key, value, why, remedy in contradictions(
-        prune.method, prune.scope, prune.redistribution, prune.allocation
-    ):
-        yield Fault(f"prune.{key}", value, why, remedy, ("prune.method", "prune.scope"))
-    if not any(prune.score_parts.model_dump().values()):
-        yield Fault(
-            "prune.score_parts",
-            prune.score_parts.model_dump(),
-            "nothing is left to score by",
-            "set one of magnitude, activation and movement to true instead",
-        )
-    if prune.redistribution == "admm" and not prune.score_parts.magnitude:
-        yield Fault(
-            "prune.score_parts.magnitude",
-            False,
-            "prune.redistribution admm compares by magnitude",
-            "set true, or another prune.redistribution, instead",
-            ("prune.redistribution",),
-        )
+    yield from _method_contradictions(prune, "prune")
     if prune.method in STRUCTURED:
         yield from _fixed_mask_faults(config, f"prune.method, {prune.method}", "prune.method")
     refined = config.moves_mask and set(config.run.stages) & set(config.refine.stages)
@@ -276,6 +258,29 @@ def _method_faults(config: Config) -> Iterator[Fault]:
             f"would level the rates that prune.allocation, {prune.allocation}, chose",
             "set model, or refine.stages: [], instead",
             ("prune.allocation", "refine.stages"),
+        )
+
+
+def _method_contradictions(prune: PruneConfig, key: str) -> Iterator[Fault]:
+    """What contradicts itself in a section `prune`, or in a row of a sweep; `key` is its own."""
+    for name, value, why, remedy in contradictions(
+        prune.method, prune.scope, prune.redistribution, prune.allocation
+    ):
+        yield Fault(f"{key}.{name}", value, why, remedy, ("prune.method", "prune.scope"))
+    if not any(prune.score_parts.model_dump().values()):
+        yield Fault(
+            f"{key}.score_parts",
+            prune.score_parts.model_dump(),
+            "nothing is left to score by",
+            "set one of magnitude, activation and movement to true instead",
+        )
+    if prune.redistribution == "admm" and not prune.score_parts.magnitude:
+        yield Fault(
+            f"{key}.score_parts.magnitude",
+            False,
+            "prune.redistribution admm compares by magnitude",
+            "set true, or another prune.redistribution, instead",
+            ("prune.redistribution",),
         )
 
 
@@ -327,8 +332,20 @@ def _sweep_faults(config: Config) -> Iterator[Fault]:
             "there is nothing to compare",
             "set rows such as in configs/sweep.yaml",
         )
-    for label in sweep.rows:
-        yield from _row_faults(config, label)
+    faults = [fault for label in sweep.rows for fault in _row_faults(config, label)]
+    yield from faults
+    if sweep.rows and not faults and not any(sweep_levels(config, row) for row in sweep.rows):
+        yield Fault(
+            "sweep.levels",
+            sweep.levels,
+            "no row of sweep.rows can have one of them",
+            "add the level of its prune.scope, such as 0.5 for 2:4",
+            ("sweep.rows",),
+        )
+    for name in ("levels", "seeds"):
+        values = getattr(sweep, name)
+        if len(set(values)) < len(values):
+            yield Fault(f"sweep.{name}", values, "a value stands twice", "set each once instead")
     if sweep.headline is not None and sweep.headline not in sweep.rows:
         yield Fault(
             "sweep.headline",
@@ -366,10 +383,14 @@ def _row_faults(config: Config, label: str) -> Iterator[Fault]:
             name = ".".join(map(str, detail["loc"]))
             yield Fault(f"{key}.{name}", detail["input"], detail["msg"], "see --help for prune")
         return
-    for name, value, why, remedy in contradictions(
-        prune.method, prune.scope, prune.redistribution, prune.allocation
-    ):
-        yield Fault(f"{key}.{name}", value, why, remedy, ("prune.method", "prune.scope"))
+    if "sparsity" in config.sweep.rows[label]:
+        yield Fault(
+            f"{key}.sparsity",
+            prune.sparsity,
+            "a row is pruned at every value of sweep.levels",
+            "set sweep.levels instead",
+        )
+    yield from _method_contradictions(prune, key)
 
 
 def _engine_faults(config: Config) -> Iterator[Fault]:

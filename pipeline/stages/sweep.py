@@ -23,7 +23,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from pipeline.artifacts import RunFolder, git_commit, hash_json, write_json
-from pipeline.config import Config, RefineConfig, sweep_row
+from pipeline.config import Config, RefineConfig, sweep_levels, sweep_row
 from pipeline.errors import UserError
 from pipeline.evaluation.report import Measurements
 from pipeline.evaluation.sweep_tables import write_sweep_report
@@ -100,20 +100,11 @@ def _cells_of_seed(config: Config, seed: int, models: str, out: Path) -> list[Ce
     work = RunFolder.open(out / "work" / f"seed-{seed}")
     cells = []
     for label in config.sweep.rows:
-        for level in levels_of(config, label):
+        for level in sweep_levels(config, label):
             path = out / "cells" / f"{_file_name(label)}-{level:g}-{seed}.json"
             cells.append(_cell(config, inputs, work, label, level, models, path))
     shutil.rmtree(work.root)
     return [cell for cell in cells if cell is not None]
-
-
-def levels_of(config: Config, label: str) -> list[float]:
-    """The levels of a row: all of `sweep.levels`, of N:M its own if it is among them."""
-    scope = sweep_row(config, label).scope or ""
-    if ":" not in scope:
-        return config.sweep.levels
-    kept, length = map(int, scope.split(":"))
-    return [level for level in config.sweep.levels if abs(level - (1 - kept / length)) < 1e-6]
 
 
 def _cell(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from pipeline import trl_keys
-from pipeline.config import Config, ConfigError, PruneConfig, sweep_row
+from pipeline.config import Config, ConfigError, PruneConfig, ScoreParts, sweep_row
 from pipeline.config_keys import describe_keys, nearest_keys, own_fields
 from pipeline.config_loading import load_config, to_yaml
 from pipeline.config_yaml import parse_yaml
@@ -540,6 +540,24 @@ SWEEP = {"run.stages": ["sweep"], "sweep.rows": {"a": {}, "b": {"method": "wanda
             "sweep.rows.a.scope",
             "set matrix",
         ),
+        (
+            {"sweep.rows": {"a": {"redistribution": "admm", "score_parts": {"magnitude": False}}}},
+            "sweep.rows.a.score_parts.magnitude",
+            "set true",
+        ),
+        (
+            {"sweep.rows": {"a": {"score_parts": dict.fromkeys(ScoreParts.model_fields, False)}}},
+            "sweep.rows.a.score_parts",
+            "set one of magnitude",
+        ),
+        ({"sweep.rows": {"a": {"sparsity": 0.3}}}, "sweep.rows.a.sparsity", "set sweep.levels"),
+        (
+            {"sweep.rows": {"a": {"scope": "2:4"}}, "sweep.levels": [0.7]},
+            "sweep.levels",
+            "0.5 for 2:4",
+        ),
+        ({"sweep.levels": [0.5, 0.7, 0.5]}, "sweep.levels", "set each once"),
+        ({"sweep.seeds": [1, 1]}, "sweep.seeds", "set each once"),
         ({"sweep.levels": [0.5, 1.0]}, "sweep.levels[1]", "set non-empty list"),
         ({"sweep.headline": "c"}, "sweep.headline", "set one of a, b"),
         ({"sweep.recover_levels": [0.3]}, "sweep.recover_levels", "add them"),
