@@ -61,7 +61,7 @@ def measure(
     model: PreTrainedModel,
     config: Config,
     inputs: TaskInputs,
-    teacher: PreTrainedModel | None,
+    compare_with: PreTrainedModel | None,
     pairs: list[TokenPair] | None,
 ) -> Measurements:
     """Measures one model.
@@ -71,7 +71,8 @@ def measure(
         model: In evaluation mode.
         config: Batch size and lengths.
         inputs: The task.
-        teacher: To compare with; None leaves that out.
+        compare_with: What agreement is measured with, the teacher or the dense student; None
+            leaves that out.
         pairs: From `reference_completions`; None leaves out what needs them.
     """
     accuracy = greedy_accuracy(
@@ -90,9 +91,9 @@ def measure(
     )
     if pairs is None:
         return found
-    if teacher is not None:
+    if compare_with is not None:
         agreement = agreement_with_teacher(
-            model, teacher, pairs, batch_size=batch_size, progress=f"{name}: KL to teacher"
+            model, compare_with, pairs, batch_size=batch_size, progress=f"{name}: KL"
         )
         found = replace(found, agreement=agreement)
     perplexity = completion_perplexity(

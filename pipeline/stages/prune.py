@@ -32,8 +32,17 @@ from pipeline.stages.measure import measure, reference_completions, to_json
 logger = logging.getLogger(__name__)
 
 
-def run(config: Config, folder: RunFolder, inputs: TaskInputs, out: Path) -> None:
-    """Prunes once at the final target, measures that, and saves the start of training."""
+def run(
+    config: Config,
+    folder: RunFolder,
+    inputs: TaskInputs,
+    out: Path,
+    compare_with: PreTrainedModel | None = None,
+) -> None:
+    """Prunes once at the final target, measures that, and saves the start of training.
+
+    `compare_with`: the model that the one-shot student's KL is taken to; None is the teacher.
+    """
     teacher = open_teacher(config)
     student = open_dense_student(config)
     batches = calibration_set(config, folder, inputs, teacher)
@@ -53,7 +62,7 @@ def run(config: Config, folder: RunFolder, inputs: TaskInputs, out: Path) -> Non
             one_shot,
         )
     pairs = reference_completions(folder, config, teacher, inputs)
-    measurements = measure("pruned", student, config, inputs, teacher, pairs)
+    measurements = measure("pruned", student, config, inputs, compare_with or teacher, pairs)
     metrics = {"sparsity": sparsity, "prune_seconds": seconds, **to_json(measurements)}
     write_json(one_shot / "metrics.json", metrics)
 

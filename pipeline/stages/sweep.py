@@ -7,7 +7,8 @@ it is finished, so that a sweep goes on where it was, and cells of several machi
 one folder. A cell is run again when a key it depends on has changed. `table.md` and `plots/` show
 all cells of the config.
 
-A level that a row cannot have, such as any but 0.5 for 2:4, is left out.
+KL is to the dense student, also where the teacher, who samples completions and trains, is another
+model. A level that a row cannot have, such as any but 0.5 for 2:4, is left out.
 
 Left out: several processes. Start one for each seed, with its own output folder.
 """
@@ -78,14 +79,15 @@ def run(config: Config, folder: RunFolder, inputs: TaskInputs, out: Path) -> Non
             "start one process for each of sweep.seeds, with its own --output_dir, instead"
         )
     (out / "cells").mkdir(parents=True, exist_ok=True)
-    reference = _reference(config, folder, inputs)
+    dense = _dense_beside_teacher(config)
+    reference = _reference(config, folder, inputs, dense)
     description = _description(config, inputs, reference, folder)
     models = hash_json(
         [model_fingerprint(config.student.path), model_fingerprint(config.teacher.path)]
     )
     cells = []
     for seed in config.sweep.seeds:
-        cells += _cells_of_seed(config, seed, models, out)
+        cells += _cells_of_seed(config, seed, models, dense, out)
         write_sweep_report(out, cells, reference, description)
     write_json(
         out / "sweep.json", {"description": description, "reference": reference, "cells": cells}
@@ -93,7 +95,9 @@ def run(config: Config, folder: RunFolder, inputs: TaskInputs, out: Path) -> Non
     logger.info("sweep: %d cells; tables and pictures: %s", len(cells), out / "table.md")
 
 
-def _cells_of_seed(config: Config, seed: int, models: str, out: Path) -> list[Cell]:
+def _cells_of_seed(
+    config: Config, seed: int, models: str, dense: PreTrainedModel | None, out: Path
+) -> list[Cell]:
     """The cells of one seed, in the order of rows and levels."""
     config = config.model_copy(update={"run": config.run.model_copy(update={"seed": seed})})
     inputs = open_task(config)
@@ -102,7 +106,7 @@ def _cells_of_seed(config: Config, seed: int, models: str, out: Path) -> list[Ce
     for label in config.sweep.rows:
         for level in sweep_levels(config, label):
             path = out / "cells" / f"{_file_name(label)}-{level:g}-{seed}.json"
-            cells.append(_cell(config, inputs, work, label, level, models, path))
+            cells.append(_cell(config, inputs, work, label, level, models, dense, path))
     shutil.rmtree(work.root)
     return [cell for cell in cells if cell is not None]
 
@@ -114,6 +118,7 @@ def _cell(
     label: str,
     level: float,
     models: str,
+    dense: PreTrainedModel | None,
     path: Path,
 ) -> Cell | None:
     """One cell, read where it is there; None where the row cannot have this level."""
@@ -127,7 +132,7 @@ def _cell(
     for stage in ("prune", "distill"):
         shutil.rmtree(work.stage(stage), ignore_errors=True)
     try:
-        prune.run(row, work, inputs, work.stage("prune"))
+        prune.run(row, work, inputs, work.stage("prune"), dense)
     except UserError as error:
         if row.prune.method in STRUCTURED and str(error).startswith("prune.sparsity"):
             logger.info("sweep: left out: %s", error)
@@ -142,7 +147,9 @@ def _cell(
         "measured_sparsity": metrics["sparsity"],
         "prune_seconds": metrics["prune_seconds"],
         "pruned": _numbers(from_json(metrics)),
-        "recovered": _recover(row, work, inputs) if level in row.sweep.recover_levels else None,
+        "recovered": _recover(row, work, inputs, dense)
+        if level in row.sweep.recover_levels
+        else None,
         "git_commit": git_commit(),
         "date": time.strftime("%Y-%m-%d"),
         "depends_on": depends_on,
@@ -178,24 +185,39 @@ def _depends_on(row: Config, models: str) -> dict[str, Any]:
     return {"seed": row.run.seed, "models": models, **{n: hash_json(values[n]) for n in sections}}
 
 
-def _recover(row: Config, work: RunFolder, inputs: TaskInputs) -> dict[str, Any]:
+def _recover(
+    row: Config, work: RunFolder, inputs: TaskInputs, dense: PreTrainedModel | None
+) -> dict[str, Any]:
     """Trains the one-shot student with its mask fixed, and measures it."""
     work.write_record("prune", {"done": True})
     started = time.monotonic()
     distill.run(row, work, inputs, work.stage("distill"))
     seconds = time.monotonic() - started
     student = load_model(str(work.stage("distill") / "model")).to(device())
-    found = _measure("recovered", student, row, work, inputs)
+    teacher = open_teacher(row)
+    pairs = reference_completions(work, row, teacher, inputs)
+    found = measure("recovered", student, row, inputs, dense or teacher, pairs)
     return {**_numbers(found), "steps": row.distill.trl_values["max_steps"], "seconds": seconds}
 
 
-def _reference(config: Config, folder: RunFolder, inputs: TaskInputs) -> dict[str, Any]:
+def _dense_beside_teacher(config: Config) -> PreTrainedModel | None:
+    """The dense student; None where the teacher is the same model and serves as well."""
+    student, teacher = (
+        (values.path, values.revision, values.dtype) for values in (config.student, config.teacher)
+    )
+    return None if student == teacher else open_dense_student(config)
+
+
+def _reference(
+    config: Config, folder: RunFolder, inputs: TaskInputs, dense: PreTrainedModel | None
+) -> dict[str, Any]:
     """The dense model, and a unigram model of the training answers, on the same completions."""
-    dense = open_dense_student(config)
-    found = _measure("dense", dense, config, folder, inputs)
+    teacher = open_teacher(config)
+    dense = dense or teacher
+    pairs = reference_completions(folder, config, teacher, inputs)
+    found = measure("dense", dense, config, inputs, dense, pairs)
     tokenizer = inputs.tokenizer
     trained = [encode_answer(tokenizer, row.answer) for row in inputs.task.train]
-    pairs = reference_completions(folder, config, open_teacher(config), inputs)
     unigram = {
         "unigram_perplexity": unigram_perplexity(
             trained, [completion for _, completion in pairs], dense.config.vocab_size
@@ -214,14 +236,6 @@ def _reference(config: Config, folder: RunFolder, inputs: TaskInputs) -> dict[st
         "num_tokens": found.perplexity.num_tokens,
         "perplexity_on": COMPLETIONS[config.evaluate.completions],
     }
-
-
-def _measure(
-    name: str, model: PreTrainedModel, config: Config, folder: RunFolder, inputs: TaskInputs
-) -> Measurements:
-    teacher = open_teacher(config)
-    pairs = reference_completions(folder, config, teacher, inputs)
-    return measure(name, model, config, inputs, teacher, pairs)
 
 
 def _numbers(found: Measurements) -> dict[str, float | None]:
@@ -245,7 +259,9 @@ def _description(
         "command": f"python launch/train.py --config {folder.root / 'config.yaml'}",
         "headline_row": sweep.headline or next(iter(sweep.rows)),
         "model": f"{config.student.path}, {reference['prunable_weights']:,} prunable weights",
-        "calibration": f"{len(inputs.task.calibration)} rows, source {calibration.source}",
+        "teacher": config.teacher.path,
+        "calibration": f"{len(inputs.task.calibration)} rows, source {calibration.source}"
+        + (", but for those the teacher got wrong" if calibration.source == "rollouts" else ""),
         "commit": git_commit() or "unknown",
         "date": time.strftime("%Y-%m-%d"),
     }
