@@ -9,12 +9,14 @@ channels cut out: dense, narrower, and the same in its answers.
 import logging
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
 from pipeline.artifacts import MASK_FILE, RunFolder, write_json
 from pipeline.config import Config
+from pipeline.evaluation.report import Measurements
 from pipeline.models.prunable import measured_sparsity, prunable_weights
 from pipeline.pruning.batches import CalibrationBatch
 from pipeline.pruning.methods import prune_model
@@ -32,44 +34,71 @@ from pipeline.stages.measure import measure, reference_completions, to_json
 logger = logging.getLogger(__name__)
 
 
-def run(
-    config: Config,
-    folder: RunFolder,
-    inputs: TaskInputs,
-    out: Path,
-    compare_with: PreTrainedModel | None = None,
-) -> None:
-    """Prunes once at the final target, measures that, and saves the start of training.
+class OneShot(NamedTuple):
+    """A student pruned once at `prune.sparsity`, and what it can do."""
 
-    `compare_with`: the model that the one-shot student's KL is taken to; None is the teacher.
-    """
-    teacher = open_teacher(config)
-    student = open_dense_student(config)
-    batches = calibration_set(config, folder, inputs, teacher)
+    student: PreTrainedModel
+    masks: dict[str, torch.Tensor]
+    """Weight name to (out, in) bool, True = kept."""
+    sparsity: float
+    """Counted in the weights."""
+    seconds: float
+    """Of pruning, calibration passes included."""
+    measurements: Measurements
+    batches: list[CalibrationBatch]
+    """What it was calibrated on."""
 
-    started = time.monotonic()
-    masks = _prune(student, batches, config, config.prune.sparsity)
-    seconds = time.monotonic() - started
-    sparsity = measured_sparsity(student)[0]
-    logger.info("prune: %s, sparsity %.4f counted in the weights", config.prune.method, sparsity)
-    one_shot = out / "one_shot"
-    one_shot.mkdir(parents=True, exist_ok=True)
-    save_masks(one_shot / MASK_FILE, masks)
+
+def run(config: Config, folder: RunFolder, inputs: TaskInputs, out: Path) -> None:
+    """Prunes once at the final target, measures that, and saves the start of training."""
+    student, masks, sparsity, seconds, measurements, batches = one_shot(config, folder, inputs)
+    pruned = out / "one_shot"
+    pruned.mkdir(parents=True, exist_ok=True)
+    save_masks(pruned / MASK_FILE, masks)
     if config.prune.method == "sdmprune":
-        save_model(
-            narrow_mlp(student, width_multiple=config.prune.width_multiple),
-            inputs.tokenizer,
-            one_shot,
-        )
-    pairs = reference_completions(folder, config, teacher, inputs)
-    measurements = measure("pruned", student, config, inputs, compare_with or teacher, pairs)
+        narrow = narrow_mlp(student, width_multiple=config.prune.width_multiple)
+        save_model(narrow, inputs.tokenizer, pruned)
     metrics = {"sparsity": sparsity, "prune_seconds": seconds, **to_json(measurements)}
-    write_json(one_shot / "metrics.json", metrics)
+    write_json(pruned / "metrics.json", metrics)
 
     start = config.refine.start_sparsity
     if start is not None and start != config.prune.sparsity:
         student = open_dense_student(config)
         masks = _start_masks(student, batches, config, start)
+    save_start(student, masks, inputs, out)
+
+
+def one_shot(
+    config: Config,
+    folder: RunFolder,
+    inputs: TaskInputs,
+    compare_with: PreTrainedModel | None = None,
+) -> OneShot:
+    """Prunes the dense student at the final target and measures it; saves nothing of it.
+
+    Args:
+        config: Says how.
+        folder: Keeps the teacher's completions.
+        inputs: The task.
+        compare_with: The model that KL is taken to; None is the teacher.
+    """
+    teacher = open_teacher(config)
+    student = open_dense_student(config)
+    batches = calibration_set(config, folder, inputs, teacher)
+    started = time.monotonic()
+    masks = _prune(student, batches, config, config.prune.sparsity)
+    seconds = time.monotonic() - started
+    sparsity = measured_sparsity(student)[0]
+    logger.info("prune: %s, sparsity %.4f counted in the weights", config.prune.method, sparsity)
+    pairs = reference_completions(folder, config, teacher, inputs)
+    measurements = measure("pruned", student, config, inputs, compare_with or teacher, pairs)
+    return OneShot(student, masks, sparsity, seconds, measurements, batches)
+
+
+def save_start(
+    student: PreTrainedModel, masks: dict[str, torch.Tensor], inputs: TaskInputs, out: Path
+) -> None:
+    """Writes what the next stage starts from."""
     save_model(student, inputs.tokenizer, out)
     save_masks(out / MASK_FILE, masks)
 

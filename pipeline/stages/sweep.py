@@ -43,13 +43,7 @@ from pipeline.stages.inputs import (
     open_task,
     open_teacher,
 )
-from pipeline.stages.measure import (
-    COMPLETIONS,
-    from_json,
-    measure,
-    reference_completions,
-    text_tokens,
-)
+from pipeline.stages.measure import COMPLETIONS, measure, reference_completions, text_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -131,25 +125,21 @@ def _cell(
     logger.info("sweep: %s at %g, seed %d", label, level, row.run.seed)
     for stage in ("prune", "distill"):
         shutil.rmtree(work.stage(stage), ignore_errors=True)
+    recovers = level in row.sweep.recover_levels
     try:
-        prune.run(row, work, inputs, work.stage("prune"), dense)
+        pruned = _prune(row, work, inputs, dense, saves=recovers)
     except UserError as error:
         if row.prune.method in STRUCTURED and str(error).startswith("prune.sparsity"):
             logger.info("sweep: left out: %s", error)
             return None
         raise UserError(f"sweep.rows.{label}: at {level:g}: {error}") from error
-    metrics = json.loads((work.stage("prune") / "one_shot" / "metrics.json").read_text())
     cell = {
         "row": label,
         "prune": row.prune.model_dump(),
         "sparsity": level,
         "seed": row.run.seed,
-        "measured_sparsity": metrics["sparsity"],
-        "prune_seconds": metrics["prune_seconds"],
-        "pruned": _numbers(from_json(metrics)),
-        "recovered": _recover(row, work, inputs, dense)
-        if level in row.sweep.recover_levels
-        else None,
+        **pruned,
+        "recovered": _recover(row, work, inputs, dense) if recovers else None,
         "git_commit": git_commit(),
         "date": time.strftime("%Y-%m-%d"),
         "depends_on": depends_on,
@@ -183,6 +173,20 @@ def _depends_on(row: Config, models: str) -> dict[str, Any]:
     for section, key in HARMLESS_KEYS:
         del values[section][key]
     return {"seed": row.run.seed, "models": models, **{n: hash_json(values[n]) for n in sections}}
+
+
+def _prune(
+    row: Config, work: RunFolder, inputs: TaskInputs, dense: PreTrainedModel | None, saves: bool
+) -> dict[str, Any]:
+    """Prunes and measures, and writes the student down for a recovery."""
+    found = prune.one_shot(row, work, inputs, dense)
+    if saves:
+        prune.save_start(found.student, found.masks, inputs, work.stage("prune"))
+    return {
+        "measured_sparsity": found.sparsity,
+        "prune_seconds": found.seconds,
+        "pruned": _numbers(found.measurements),
+    }
 
 
 def _recover(
