@@ -16,8 +16,9 @@ from launch.benchmarks.shapes import Shape
 from launch.benchmarks.timing import Side
 from pipeline.models.prunable import decoder_layers, prunable_weights
 from pipeline.pruning.batches import calibration_batches
-from pipeline.pruning.calibration import InputStatistics, calibrate, first_layer_input
+from pipeline.pruning.calibration import calibrate, first_layer_input
 from pipeline.pruning.calibration_movement import calibration_movement
+from pipeline.pruning.input_statistics import InputStatistics
 from pipeline.pruning.layer_steps import layer_steps
 from pipeline.pruning.matrix_pruner import MatrixPruner
 from pipeline.pruning.methods import prune_model

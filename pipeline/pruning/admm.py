@@ -11,11 +11,11 @@ with H and B the damped normal equations of `least_squares.py`, it repeats
     D  <- W' + V / rho, but for the wanted zeros where |W' + V / rho| * multiplier is smallest
     V  <- V + rho (W' - D)
 
-and raises rho until the mask stays. One eigendecomposition of H makes every step two products with
-its eigenvectors. This is the first half of ALPS (Meng et al. 2024, arXiv 2406.07831); new here are
-the target, which is the dense model's output on the dense model's inputs, and the multiplier, by
-which a score of the weights takes part in every projection. The kept weights are then solved for by
-least squares.
+and raises rho until the mask stays. One eigendecomposition of H, shared by the layers that read one
+input, makes every step two products with its eigenvectors. This is the first half of ALPS (Meng et
+al. 2024, arXiv 2406.07831); new here are the target, which is the dense model's output on the dense
+model's inputs, and the multiplier, by which a score of the weights takes part in every projection.
+The kept weights are then solved for by least squares.
 
 Weights are scaled by diag(H)^(power / 2) inside, so that power 0 compares |w|, power 1 |w| times
 the norm of its input.
@@ -27,6 +27,7 @@ schedule. A slower schedule finds slightly better masks.
 import torch
 from torch import Tensor
 
+from pipeline.pruning.hessian import Hessian
 from pipeline.sparsity.threshold import masks_by_score
 
 FIRST_RHO = 0.1
@@ -39,7 +40,7 @@ GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 
 def admm_mask(
     weight: Tensor,
-    hessian: Tensor,
+    hessian: Hessian,
     target: Tensor,
     sparsity: float,
     scope: str,
@@ -52,7 +53,7 @@ def admm_mask(
 
     Args:
         weight: (out, in) dense weight.
-        hessian: (in, in) fp64 H, positive definite.
+        hessian: H.
         target: (out, in) row b of each row's normal equations.
         sparsity: Fraction of zeros, in [0, 1).
         scope: `matrix`, `row` or `N:M`.
@@ -64,11 +65,8 @@ def admm_mask(
         (out, in) bool, True = kept, with the zeros that the scope asks for.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    mean = hessian.diagonal().mean()
-    scale = (hessian.diagonal() / mean) ** (power / 2)
-    eigenvalues, vectors = torch.linalg.eigh(hessian / mean / scale / scale[:, None])
-    eigenvalues, vectors, scale = eigenvalues.to(dtype), vectors.to(dtype), scale.to(dtype)
-    rotated_target = (target.to(dtype) / mean.to(dtype) / scale) @ vectors
+    mean, scale, eigenvalues, vectors = hessian.derive(_scaled_eigenpairs, power, dtype)
+    rotated_target = (target.to(dtype) / mean / scale) @ vectors
 
     def project(values: Tensor) -> Tensor:
         score = values.abs() if multiplier is None else values.abs() * multiplier
@@ -92,3 +90,17 @@ def admm_mask(
             settled = mask
             rho *= next(growth for least, growth in GROWTH if changed >= least)
     return mask
+
+
+def _scaled_eigenpairs(hessian: Tensor, power: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """H's mean diagonal (), the scale of the inputs (in,), and the eigenpairs of H under both.
+
+    Args:
+        hessian: (in, in) fp64 H, positive definite.
+        power: Of the input's norm in the scale.
+        dtype: Of the results; the decomposition is in fp64.
+    """
+    mean = hessian.diagonal().mean()
+    scale = (hessian.diagonal() / mean) ** (power / 2)
+    eigenvalues, vectors = torch.linalg.eigh(hessian / mean / scale / scale[:, None])
+    return tuple(values.to(dtype) for values in (mean, scale, eigenvalues, vectors))

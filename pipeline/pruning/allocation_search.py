@@ -34,8 +34,9 @@ from pipeline.errors import UserError
 from pipeline.models.prunable import prunable_weights
 from pipeline.pruning.allocation_levels import Candidate, LevelSpace
 from pipeline.pruning.batches import CalibrationBatch
-from pipeline.pruning.calibration import PROGRESS_DELAY_SECONDS, InputStatistics, calibrate
+from pipeline.pruning.calibration import PROGRESS_DELAY_SECONDS, calibrate
 from pipeline.pruning.dense_kl import DenseKl
+from pipeline.pruning.input_statistics import InputStatistics
 from pipeline.pruning.matrix_pruner import MatrixPruner
 from pipeline.pruning.redistribution import balanced_bias
 

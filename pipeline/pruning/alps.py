@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.pruning.admm import admm_mask
-from pipeline.pruning.calibration import InputStatistics
-from pipeline.pruning.hessian import damped_hessian
+from pipeline.pruning.input_statistics import InputStatistics
 from pipeline.pruning.least_squares import least_squares_weight
 
 
@@ -33,9 +32,9 @@ def alps_weight(
         Bool mask (out, in), True = kept; and the weight (out, in) in its dtype, exactly 0 where the
         mask is False.
     """
-    hessian = damped_hessian(statistics.second_moment)
+    hessian = statistics.hessian
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    target = (weight.double() @ hessian).to(dtype)
+    target = (weight.double() @ hessian.matrix).to(dtype)
     mask = admm_mask(weight, hessian, target, sparsity, scope, name, power=1.0)
     new_weight = least_squares_weight(weight, mask, hessian, target)
     return mask, torch.where(mask, new_weight, 0.0).to(weight.dtype)

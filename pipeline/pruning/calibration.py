@@ -4,7 +4,8 @@ The *pruned* stream is what the model computes so far, all earlier linear layers
 *dense* stream, what the untouched model computes, runs beside it only where something needs it. For
 a linear layer with inputs X_p and X_d (tokens, in) of the two streams a method gets the norms of
 X_p's channels (enough for a score), X_pᵀ X_p (for SparseGPT) and X_pᵀ X_d with both means (for a
-redistribution against the dense output X_d Wᵀ), as much of it as it asks for. Inside a decoder
+redistribution against the dense output X_d Wᵀ), as much of it as it asks for
+(`input_statistics.py`). Inside a decoder
 layer the order is q, k, v, then o, then gate, up, then down, each group seeing the groups before it
 pruned. Padding is left out. Only one group's statistics exist at a time, and each stream costs one
 forward pass.
@@ -14,8 +15,7 @@ Left out: moving hidden states or layers off the model's device, and several pro
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from itertools import repeat
 
 import torch
@@ -27,46 +27,10 @@ from transformers.models.llama import LlamaForCausalLM
 from pipeline.errors import UserError
 from pipeline.models.prunable import decoder_layers, prunable_modules, prunable_weights
 from pipeline.pruning.batches import CalibrationBatch
-from pipeline.pruning.hessian import damped_hessian, inverse_factor
+from pipeline.pruning.input_statistics import InputStatistics, InputSums
 from pipeline.pruning.layer_steps import SHARED_INPUT_GROUPS, layer_steps
 
 PROGRESS_DELAY_SECONDS = 2.0
-
-NEEDS = ("input_norm", "second_moment", "cross_moment")
-"""Fields of `InputStatistics`; who needs one gets those before it too."""
-
-
-@dataclass(frozen=True)
-class InputStatistics:
-    """What the calibration tokens say about the input of one linear layer. All fp64."""
-
-    input_norm: torch.Tensor
-    """(in,) L2 norm of each input channel over the tokens of the pruned stream."""
-    second_moment: torch.Tensor | None = None
-    """(in, in) X_pᵀ X_p, summed over tokens."""
-    cross_moment: torch.Tensor | None = None
-    """(in, in) X_pᵀ X_d, summed over tokens; row: pruned stream, column: dense stream."""
-    pruned_mean: torch.Tensor | None = None
-    """(in,) mean over the tokens of the pruned stream; comes with the cross moment."""
-    dense_mean: torch.Tensor | None = None
-    """(in,) the same of the dense stream."""
-    num_tokens: int = 0
-    """Tokens behind the sums; comes with the cross moment."""
-
-    @cached_property
-    def inverse_factor(self) -> torch.Tensor:
-        """(in, in) U with UᵀU = H⁻¹, see `hessian.py`; modules that share an input share it."""
-        return inverse_factor(damped_hessian(self.second_moment))
-
-    @cached_property
-    def centred(self) -> "InputStatistics":
-        """The same with the moments about the means: what is left to weights beside a free bias."""
-        outer = self.num_tokens * self.pruned_mean[:, None]
-        return replace(
-            self,
-            second_moment=self.second_moment - outer * self.pruned_mean,
-            cross_moment=self.cross_moment - outer * self.dense_mean,
-        )
 
 
 @dataclass
@@ -118,7 +82,8 @@ def calibrate(
         steps = [_steps(layer, dense_layer, stream) for stream in streams]
         modules = prunable_modules(layer)
         for group in SHARED_INPUT_GROUPS:
-            statistics = _input_statistics(steps, streams, needs)
+            has_bias = any(modules[local_name].bias is not None for local_name in group)
+            statistics = _input_statistics(steps, streams, needs, has_bias)
             if not statistics.input_norm.isfinite().all():
                 raise UserError(
                     f"calibration: an input of {names[modules[group[0]].weight]} is not finite; "
@@ -127,6 +92,7 @@ def calibrate(
             for local_name in group:
                 module = modules[local_name]
                 visit(names[module.weight], module, statistics)
+            del statistics  # before the next group's are summed
         for stream, (pruned, dense) in zip(streams, map(next, steps), strict=True):
             stream.pruned, stream.dense = pruned, dense
 
@@ -171,32 +137,14 @@ def _input_statistics(
     steps: Sequence[Iterator[tuple[torch.Tensor, torch.Tensor | None]]],
     streams: Sequence[Stream],
     needs: str,
+    has_bias: bool,
 ) -> InputStatistics:
-    """Takes every batch to the next group's input and sums its moments.
-
-    Products are taken in fp32 (fp64 for a fp64 model) per batch and added up in fp64.
-    """
-    square_sum, second_moment, cross_moment = 0.0, 0.0, 0.0
-    pruned_sum, dense_sum, num_tokens = 0.0, 0.0, 0
+    """Takes every batch to the next group's input and adds it up."""
+    sums = InputSums(needs, has_bias)
     for stream, (pruned, dense) in zip(streams, map(next, steps), strict=True):
-        pruned = real_tokens(pruned, stream)
-        if needs == "input_norm":
-            square_sum = square_sum + pruned.square().sum(0).double()
-            continue
-        second_moment = second_moment + (pruned.T @ pruned).double()
-        if needs == "cross_moment":
-            dense = real_tokens(dense, stream)
-            cross_moment = cross_moment + (pruned.T @ dense).double()
-            pruned_sum = pruned_sum + pruned.double().sum(0)
-            dense_sum = dense_sum + dense.double().sum(0)
-            num_tokens += len(pruned)
-    if needs == "input_norm":
-        return InputStatistics(square_sum.sqrt())
-    norm = second_moment.diagonal().sqrt()
-    if needs == "second_moment":
-        return InputStatistics(norm, second_moment)
-    means = pruned_sum / num_tokens, dense_sum / num_tokens
-    return InputStatistics(norm, second_moment, cross_moment, *means, num_tokens)
+        both = (pruned,) if dense is None else (pruned, dense)
+        sums.add(*(real_tokens(inputs, stream) for inputs in both))
+    return sums.statistics()
 
 
 def real_tokens(inputs: torch.Tensor, stream: Stream) -> torch.Tensor:

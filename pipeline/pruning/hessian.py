@@ -7,12 +7,31 @@ one: a factor that cancels wherever it is used. lambda bounds the condition numb
 that fp64 is safe for rank-deficient inputs and a single token; without any input H is I.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 DAMPING = 0.01
 SMALLEST_BLOCK = 256
 """Size at which a triangular matrix is inverted whole."""
+
+
+class Hessian:
+    """The damped Hessian of layers that share an input, and what is derived from it, each once."""
+
+    def __init__(self, matrix: Tensor):
+        """`matrix`: (in, in) fp64 H, positive definite; never changed."""
+        self.matrix = matrix
+        self._derived: dict[tuple, Any] = {}
+
+    def derive(self, function: Callable, *arguments: Any) -> Any:
+        """`function(H, *arguments)`, computed the first time; the arguments are hashable."""
+        key = (function, *arguments)
+        if key not in self._derived:
+            self._derived[key] = function(self.matrix, *arguments)
+        return self._derived[key]
 
 
 def damping(second_moment: Tensor) -> Tensor:

@@ -21,9 +21,9 @@ the conjugate gradients, in fp32 (fp64 for a fp64 model).
 import torch
 from torch import Tensor
 
-from pipeline.pruning.calibration import InputStatistics
 from pipeline.pruning.conjugate_gradients import solve_by_conjugate_gradients, split_hessian
-from pipeline.pruning.hessian import damped_hessian, damping
+from pipeline.pruning.hessian import Hessian, damping
+from pipeline.pruning.input_statistics import InputStatistics
 
 MAX_DIRECT_INPUTS = 384
 """Rows of layers with at most so many inputs get a factor each, however many weights they keep."""
@@ -34,7 +34,7 @@ MAX_BATCH_ELEMENTS = 2**21
 """fp64 elements of gathered systems in memory at once (16 MiB)."""
 
 
-def normal_equations(weight: Tensor, statistics: InputStatistics) -> tuple[Tensor, Tensor]:
+def normal_equations(weight: Tensor, statistics: InputStatistics) -> tuple[Hessian, Tensor]:
     """The damped normal equations of every row of a linear layer.
 
     Args:
@@ -42,34 +42,34 @@ def normal_equations(weight: Tensor, statistics: InputStatistics) -> tuple[Tenso
         statistics: Of the layer's input.
 
     Returns:
-        H (in, in) fp64, and b of every row (out, in) fp32, or fp64 if the weight is.
+        H, and b of every row (out, in) fp32, or fp64 if the weight is.
     """
     dense = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     target = dense @ statistics.cross_moment.T.to(dense.dtype)
     target += damping(statistics.second_moment).to(dense.dtype) * dense
-    return damped_hessian(statistics.second_moment), target
+    return statistics.hessian, target
 
 
-def least_squares_weight(weight: Tensor, mask: Tensor, hessian: Tensor, target: Tensor) -> Tensor:
+def least_squares_weight(weight: Tensor, mask: Tensor, hessian: Hessian, target: Tensor) -> Tensor:
     """Solves for the kept weights of every row.
 
     Args:
         weight: (out, in) dense weight, the first guess where the solver needs one.
         mask: (out, in) bool, True = kept.
-        hessian: (in, in) fp64 H, positive definite.
+        hessian: H.
         target: (out, in) fp32 or fp64, row b of each row's normal equations.
 
     Returns:
         (out, in) of the target's dtype, exactly zero where the mask is False.
     """
     if torch.equal(mask, mask[:1].expand_as(mask)):
-        return solve_by_shared_cholesky(hessian, target, mask[0])
+        return solve_by_shared_cholesky(hessian.matrix, target, mask[0])
     is_small = mask.sum(1) <= _max_direct_support(mask.shape[1])
     solution = torch.empty_like(target)
-    solution[is_small] = solve_by_cholesky(hessian, target[is_small], mask[is_small])
+    solution[is_small] = solve_by_cholesky(hessian.matrix, target[is_small], mask[is_small])
     if not is_small.all():
         wide = ~is_small
-        split = split_hessian(hessian, target.dtype)
+        split = hessian.derive(split_hessian, target.dtype)
         solution[wide] = solve_by_conjugate_gradients(
             split, target[wide], mask[wide], start=weight[wide]
         )

@@ -8,13 +8,14 @@ used, and the kept weights are solved for from the dense ones.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.pruning.admm import admm_mask
 from pipeline.pruning.alps import alps_weight
-from pipeline.pruning.calibration import InputStatistics
 from pipeline.pruning.criteria import criterion_scores
-from pipeline.pruning.least_squares import normal_equations
+from pipeline.pruning.input_statistics import InputStatistics
+from pipeline.pruning.least_squares import least_squares_weight, normal_equations
 from pipeline.pruning.mama import ACTIVATION_POWER, movement_factors
 from pipeline.pruning.redistribution import redistribute
 from pipeline.pruning.sparsegpt import sparsegpt_weight
@@ -80,8 +81,7 @@ class MatrixPruner:
         if module.bias is not None and self.redistribution != "none":
             moments = statistics.centred
         if self.redistribution == "admm":
-            mask = self._mask_by_admm(name, weight, moments, sparsity)
-            return mask, redistribute(weight, mask, "least_squares", moments)
+            return self._by_admm(name, weight, moments, sparsity)
         if self.method in SOLVERS:
             solve = SOLVERS[self.method]
             mask, new_weight = solve(weight, statistics, sparsity, self.scope, name)
@@ -98,22 +98,19 @@ class MatrixPruner:
         scores = criterion_scores(
             self.method, {name: weight}, norms, self.movement, self.seed, self.magnitude
         )
-        return masks_by_score(scores, sparsity, self.scope, {name: weight.abs()})[name]
+        return masks_by_score(scores, sparsity, self.scope, {name: weight})[name]
 
-    def _mask_by_admm(
+    def _by_admm(
         self, name: str, weight: Tensor, statistics: InputStatistics, sparsity: float
-    ) -> Tensor:
-        """ADMM whose projections compare by the method's score."""
+    ) -> tuple[Tensor, Tensor]:
+        """ADMM whose projections compare by the method's score, then least squares."""
         power = ADMM_POWERS[self.method] if self.uses_activation else 0.0
         factors = None
         if self.method == "mama" and self.movement is not None:
             factors = movement_factors({name: self.movement[name]})[name]
-        return admm_mask(
-            weight,
-            *normal_equations(weight, statistics),
-            sparsity,
-            self.scope,
-            name,
-            power=power,
-            multiplier=factors,
+        equations = normal_equations(weight, statistics)
+        mask = admm_mask(
+            weight, *equations, sparsity, self.scope, name, power=power, multiplier=factors
         )
+        new_weight = least_squares_weight(weight, mask, *equations)
+        return mask, torch.where(mask, new_weight, 0.0).to(weight.dtype)

@@ -34,9 +34,10 @@ from pipeline.pruning.allocation import owl_rates, uniform_rates
 from pipeline.pruning.allocation_search import search_rates
 from pipeline.pruning.batches import CalibrationBatch
 from pipeline.pruning.block_entropy import block_masks
-from pipeline.pruning.calibration import InputStatistics, calibrate
+from pipeline.pruning.calibration import calibrate
 from pipeline.pruning.calibration_movement import calibration_movement
 from pipeline.pruning.criteria import CRITERIA, criterion_scores
+from pipeline.pruning.input_statistics import InputStatistics
 from pipeline.pruning.matrix_pruner import SOLVERS, MatrixPruner
 from pipeline.pruning.redistribution import balanced_bias, redistribute
 from pipeline.pruning.sdmprune import sdmprune_masks
@@ -190,8 +191,7 @@ def _masks_over_the_model(
     scores = criterion_scores(
         pruner.method, weights, norms, pruner.movement, pruner.seed, pruner.magnitude
     )
-    tie_break = {name: weight.abs() for name, weight in weights.items()}
-    return masks_by_score(scores, sparsity, "model", tie_break)
+    return masks_by_score(scores, sparsity, "model", weights)
 
 
 def _redistribute_under(

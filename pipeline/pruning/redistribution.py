@@ -29,7 +29,8 @@ large changes: worse than no redistribution from 70 % sparsity up on a small ari
 import torch
 from torch import Tensor
 
-from pipeline.pruning.calibration import InputStatistics
+from pipeline.pruning.hessian import Hessian
+from pipeline.pruning.input_statistics import InputStatistics
 from pipeline.pruning.least_squares import least_squares_weight, normal_equations
 
 
@@ -74,19 +75,19 @@ def balanced_bias(
     return (bias.double() + lost).to(bias.dtype)
 
 
-def proportional_weight(weight: Tensor, mask: Tensor, hessian: Tensor, target: Tensor) -> Tensor:
+def proportional_weight(weight: Tensor, mask: Tensor, hessian: Hessian, target: Tensor) -> Tensor:
     """Scales each row's kept weights by the factor that fits the dense output best.
 
     Args:
         weight: (out, in) dense weight.
         mask: (out, in) bool, True = kept.
-        hessian: (in, in) fp64, positive definite.
-        target: (out, in) fp64, row b of each row's normal equations.
+        hessian: H.
+        target: (out, in) fp32 or fp64, row b of each row's normal equations.
 
     Returns:
         (out, in) fp64, zero where the mask is False.
     """
     kept = weight.double() * mask
-    power = ((kept @ hessian) * kept).sum(1)
+    power = ((kept @ hessian.matrix) * kept).sum(1)
     factor = torch.where(power > 0, (target * kept).sum(1) / power, 0.0)
     return factor[:, None] * kept

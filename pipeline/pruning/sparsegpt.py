@@ -28,7 +28,7 @@ one matrix-vector product; the columns after the block get theirs in one matrix 
 import torch
 from torch import Tensor
 
-from pipeline.pruning.calibration import InputStatistics
+from pipeline.pruning.input_statistics import InputStatistics
 from pipeline.sparsity.groups import parse_n_m
 from pipeline.sparsity.threshold import mask_by_score
 

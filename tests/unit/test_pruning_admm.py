@@ -5,8 +5,8 @@ import torch
 
 from pipeline.pruning.admm import FIRST_RHO, GROWTH, MAX_STEPS, STEPS_PER_RHO, admm_mask
 from pipeline.pruning.alps import alps_weight
-from pipeline.pruning.calibration import InputStatistics
-from pipeline.pruning.hessian import damped_hessian
+from pipeline.pruning.hessian import Hessian, damped_hessian
+from pipeline.pruning.input_statistics import InputStatistics
 from pipeline.pruning.least_squares import least_squares_weight
 
 
@@ -78,14 +78,16 @@ def test_against_the_textbook(scope, power, with_multiplier):
         target = weight @ hessian
         multiplier = torch.rand(weight.shape, dtype=torch.float64) + 0.5
         multiplier = multiplier if with_multiplier else None
-        arguments = (weight, hessian, target, 0.5, scope)
-        mask = admm_mask(*arguments, "w", power=power, multiplier=multiplier)
-        assert torch.equal(mask, textbook(*arguments, power, multiplier))
+        mask = admm_mask(
+            weight, Hessian(hessian), target, 0.5, scope, "w", power=power, multiplier=multiplier
+        )
+        expected = textbook(weight, hessian, target, 0.5, scope, power, multiplier)
+        assert torch.equal(mask, expected)
 
 
 def loss(weight, mask, hessian, target):
     """The quadratic objective at its least-squares weights, without its constant."""
-    best = least_squares_weight(weight, mask, hessian, target)
+    best = least_squares_weight(weight, mask, Hessian(hessian), target)
     return float(((best @ hessian) * best - 2 * best * target).sum())
 
 
@@ -95,9 +97,8 @@ def test_masks_lose_less_than_those_of_magnitude_and_wanda(sparsity):
         weight, inputs = problem(seed, 24, 32, 200)
         hessian = damped_hessian(inputs.T @ inputs)
         target = weight @ hessian
-        found = loss(
-            weight, admm_mask(weight, hessian, target, sparsity, "matrix", "w"), hessian, target
-        )
+        mask = admm_mask(weight, Hessian(hessian), target, sparsity, "matrix", "w")
+        found = loss(weight, mask, hessian, target)
         for score in (weight.abs(), weight.abs() * inputs.norm(dim=0)):
             mask = keep_largest(score, sparsity, "matrix")
             assert found < loss(weight, mask, hessian, target)
@@ -108,7 +109,8 @@ def test_the_multiplier_decides_where_it_is_strong():
     hessian = damped_hessian(inputs.T @ inputs)
     multiplier = torch.full_like(weight, 1e-6)
     multiplier[:, ::2] = 1.0
-    mask = admm_mask(weight, hessian, weight @ hessian, 0.5, "matrix", "w", multiplier=multiplier)
+    arguments = (weight, Hessian(hessian), weight @ hessian, 0.5, "matrix", "w")
+    mask = admm_mask(*arguments, multiplier=multiplier)
     assert mask[:, ::2].all()
     assert not mask[:, 1::2].any()
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pipeline.pruning.alps import alps_weight
-from pipeline.pruning.calibration import InputStatistics
 from pipeline.pruning.hessian import DAMPING
+from pipeline.pruning.input_statistics import InputStatistics
 from pipeline.pruning.least_squares import least_squares_weight, normal_equations
 from pipeline.pruning.magnitude import magnitude_score
 from pipeline.pruning.sparsegpt import sparsegpt_weight

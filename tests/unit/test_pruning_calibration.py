@@ -1,13 +1,16 @@
 """The calibration loop and the calibration movement against plain whole-model runs."""
 
+import weakref
+
 import pytest
 import torch
 
 from pipeline.errors import UserError
 from pipeline.models.prunable import prunable_weights
 from pipeline.pruning.batches import calibration_batches
-from pipeline.pruning.calibration import NEEDS, calibrate
+from pipeline.pruning.calibration import calibrate
 from pipeline.pruning.calibration_movement import calibration_movement
+from pipeline.pruning.input_statistics import NEEDS
 from pipeline.pruning.layer_steps import SHARED_INPUT_GROUPS, layer_steps
 from tests.unit.pruning_models import PAD, make_batches, make_model, make_rows
 
@@ -91,6 +94,18 @@ def test_only_what_is_needed_is_computed_in_one_forward_pass_a_stream(needs):
                 torch.testing.assert_close(computed, getattr(everything[name], field))
             else:
                 assert computed is None
+
+
+def test_statistics_of_one_input_exist_at_a_time():
+    made, left = [], []
+
+    def visit(name, module, found):
+        if not made or made[-1]() is not found:
+            left.append(sum(reference() is not None for reference in made))
+            made.append(weakref.ref(found))
+
+    calibrate(make_model(), make_batches(), visit, "cross_moment")
+    assert left == [0] * 8
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from pipeline.pruning.calibration import InputStatistics
 from pipeline.pruning.conjugate_gradients import solve_by_conjugate_gradients, split_hessian
 from pipeline.pruning.hessian import DAMPING
+from pipeline.pruning.input_statistics import InputStatistics
 from pipeline.pruning.least_squares import normal_equations, solve_by_cholesky
 from pipeline.pruning.redistribution import redistribute
 
@@ -168,7 +168,7 @@ def test_conjugate_gradients_reach_the_minimum_in_few_steps(
     mask[3] = False
     statistics = statistics_of(inputs, dense_inputs)
     hessian, target = normal_equations(weight, statistics)
-    best = objective(solve_by_cholesky(hessian, target, mask), inputs, dense_inputs, weight)
+    best = objective(solve_by_cholesky(hessian.matrix, target, mask), inputs, dense_inputs, weight)
     found = redistribute(weight.float(), mask, "least_squares", statistics)
     assert torch.equal(found != 0, mask)
     excess = objective(found, inputs, dense_inputs, weight) / best - 1
@@ -181,7 +181,7 @@ def test_conjugate_gradients_with_fewer_tokens_than_inputs(monkeypatch, num_toke
     inputs, dense_inputs, weight, mask = correlated_case(num_tokens, 256, 40, 0.7, decay=1.0)
     statistics = statistics_of(inputs, dense_inputs)
     hessian, target = normal_equations(weight, statistics)
-    exact = solve_by_cholesky(hessian, target, mask)
+    exact = solve_by_cholesky(hessian.matrix, target, mask)
     found = redistribute(weight.float(), mask, "least_squares", statistics)
     best, reached, alone = (
         objective(solution, inputs, dense_inputs, weight)
@@ -213,7 +213,8 @@ def test_rows_with_one_support_share_a_factor(monkeypatch):
     pruned_inputs, dense_inputs, weight, mask = make_case()
     mask[:] = mask[2]
     statistics = statistics_of(pruned_inputs, dense_inputs)
-    expected = solve_by_cholesky(*normal_equations(weight, statistics), mask)
+    hessian, target = normal_equations(weight, statistics)
+    expected = solve_by_cholesky(hessian.matrix, target, mask)
     monkeypatch.delattr("pipeline.pruning.least_squares.solve_by_cholesky")
     found = redistribute(weight, mask, "least_squares", statistics)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)

@@ -131,6 +131,38 @@ def test_the_dense_stream_runs_only_for_a_redistribution(method, redistribution)
     assert len(calls) == num_streams * len(batches)
 
 
+@pytest.mark.parametrize(
+    ("method", "redistribution", "factorise", "allocation"),
+    [
+        ("mama", "admm", "linalg.eigh", "uniform"),
+        ("alps", "none", "linalg.eigh", "uniform"),
+        ("sparsegpt", "none", "linalg.cholesky", "uniform"),
+        ("sparsegpt", "none", "linalg.cholesky", "search"),
+    ],
+)
+def test_layers_that_share_an_input_share_its_factor(
+    monkeypatch, method, redistribution, factorise, allocation
+):
+    sizes, original = [], torch.linalg.eigh if "eigh" in factorise else torch.linalg.cholesky
+
+    def counted(matrix):
+        sizes.append(matrix.dim() == 2 and len(matrix))
+        return original(matrix)
+
+    monkeypatch.setattr(f"torch.{factorise}", counted)
+    prune_model(
+        make_model(),
+        make_batches(),
+        method=method,
+        sparsity=0.6,
+        redistribution=redistribution,
+        allocation=allocation,
+        search_evaluations=1,
+    )
+    passes = 1 if allocation == "uniform" else 2  # a database of all levels comes before
+    assert [size for size in sizes if size] == [32, 32, 32, 48] * 2 * passes
+
+
 @pytest.mark.parametrize("method", SINGLE_WEIGHTS)
 def test_each_method_has_its_own_scope(method):
     scope = "row" if method == "wanda" else "matrix"

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pipeline.pruning.calibration import InputStatistics
 from pipeline.pruning.hessian import damped_hessian, inverse_factor
+from pipeline.pruning.input_statistics import InputStatistics
 from pipeline.pruning.sparsegpt import sparsegpt_weight
 
 # (scope, sparsity)
