@@ -10,7 +10,7 @@ from pipeline.models.prunable import prunable_weights
 from pipeline.pruning.batches import calibration_batches
 from pipeline.pruning.calibration import calibrate
 from pipeline.pruning.calibration_movement import calibration_movement
-from pipeline.pruning.input_statistics import NEEDS
+from pipeline.pruning.input_statistics import NEEDS, InputSums
 from pipeline.pruning.layer_steps import SHARED_INPUT_GROUPS, layer_steps
 from tests.unit.pruning_models import PAD, make_batches, make_model, make_rows
 
@@ -96,15 +96,18 @@ def test_only_what_is_needed_is_computed_in_one_forward_pass_a_stream(needs):
                 assert computed is None
 
 
-def test_statistics_of_one_input_exist_at_a_time():
+def test_statistics_of_one_input_exist_at_a_time(monkeypatch):
     made, left = [], []
 
-    def visit(name, module, found):
-        if not made or made[-1]() is not found:
+    class Watched(InputSums):
+        def __init__(self, *arguments):
             left.append(sum(reference() is not None for reference in made))
-            made.append(weakref.ref(found))
+            super().__init__(*arguments)
 
+    monkeypatch.setattr("pipeline.pruning.calibration.InputSums", Watched)
+    visit = lambda name, module, found: made.append(weakref.ref(found))  # noqa: E731
     calibrate(make_model(), make_batches(), visit, "cross_moment")
+    assert len(made) == 14
     assert left == [0] * 8
 
 
