@@ -9,11 +9,15 @@ has already driven the mean gradient to about zero. So each sequence is counted 
 
 with loss_n the summed cross-entropy (nats) of sequence n's completion tokens. M does not depend on
 how the set is cut into batches. One backward pass per sequence.
+
+Memory: 4 bytes a weight for M, one sequence's activations, and one weight's gradient at a time,
+which is used and dropped as soon as the backward pass has it.
 """
 
 from collections.abc import Sequence
 
 import torch
+from torch.func import functional_call
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers.models.llama import LlamaForCausalLM
@@ -46,36 +50,51 @@ def calibration_movement(
             "calibration.source: the calibration rows have no completion tokens, so there is no "
             "movement; set rows with answers, or prune.score_parts.movement to false"
         )
-    weights = prunable_weights(model)
-    movement = {name: torch.zeros_like(w, dtype=torch.float32) for name, w in weights.items()}
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        for parameter in flags:
-            parameter.requires_grad_(False)
-        for weight in weights.values():
-            weight.requires_grad_(True)
-        sequences = [(batch, row) for batch in batches for row in range(len(batch.input_ids))]
-        bar = {"desc": progress, "disable": progress is None, "delay": PROGRESS_DELAY_SECONDS}
-        for batch, row in tqdm(sequences, **bar):
-            _add_sequence(movement, model, weights, batch, row)
-    finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
+    movement = {
+        name: torch.zeros_like(weight, dtype=torch.float32)
+        for name, weight in prunable_weights(model).items()
+    }
+    weights = _watched_weights(model, movement)
+    sequences = [(batch, row) for batch in batches for row in range(len(batch.input_ids))]
+    bar = {"desc": progress, "disable": progress is None, "delay": PROGRESS_DELAY_SECONDS}
+    for batch, row in tqdm(sequences, **bar):
+        _add_sequence(model, weights, batch, row)
     return movement
 
 
-def _add_sequence(movement, model, weights, batch: CalibrationBatch, row: int) -> None:
-    """Adds |g*w| of one sequence, its padding cut off."""
+def _watched_weights(
+    model: LlamaForCausalLM, movement: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Stand-ins for the prunable weights whose gradients go into `movement`.
+
+    Returns:
+        Name to stand-in, a leaf that shares the weight's memory.
+    """
+    leaves = {}
+    for name, weight in prunable_weights(model).items():
+
+        def add(leaf: torch.Tensor, total: torch.Tensor = movement[name]) -> None:
+            total.add_((leaf.grad.float() * leaf.detach().float()).abs())
+            leaf.grad = None
+
+        leaves[name] = weight.detach().requires_grad_()
+        leaves[name].register_post_accumulate_grad_hook(add)
+    return leaves
+
+
+def _add_sequence(
+    model: LlamaForCausalLM, weights: dict[str, torch.Tensor], batch: CalibrationBatch, row: int
+) -> None:
+    """Runs one sequence, its padding cut off, with `weights` in the place of the model's own."""
     is_token = batch.attention_mask[row].bool()
     input_ids = batch.input_ids[row, is_token].to(model.device)
     labels = batch.labels[row, is_token].to(model.device)
     if not (labels[1:] != IGNORED_LABEL).any():
         return
     with torch.enable_grad():
-        logits = model(input_ids[None], use_cache=False).logits[0, :-1]
+        arguments = {"input_ids": input_ids[None], "use_cache": False}
+        logits = functional_call(model, weights, kwargs=arguments).logits[0, :-1]
         loss = F.cross_entropy(
             logits.float(), labels[1:], ignore_index=IGNORED_LABEL, reduction="sum"
         )
-        gradients = torch.autograd.grad(loss, list(weights.values()))
-    for total, weight, gradient in zip(movement.values(), weights.values(), gradients, strict=True):
-        total.add_((gradient.float() * weight.detach().float()).abs())
+        torch.autograd.backward(loss, inputs=list(weights.values()))

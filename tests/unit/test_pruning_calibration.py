@@ -176,8 +176,10 @@ def test_movement_leaves_gradients_and_flags_alone():
     model = make_model()
     model.requires_grad_(False)
     model.lm_head.weight.requires_grad_(True)
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
     calibration_movement(model, make_batches())
-    assert all(parameter.grad is None for parameter in model.parameters())
+    assert [n for n, p in model.named_parameters() if p.grad is not None] == ["lm_head.weight"]
+    assert torch.equal(model.lm_head.weight.grad, torch.ones_like(model.lm_head.weight))
     assert [n for n, p in model.named_parameters() if p.requires_grad] == ["lm_head.weight"]
 
 
