@@ -3,12 +3,14 @@
 The *pruned* stream is what the model computes so far, all earlier linear layers pruned. A second,
 *dense* stream, what the untouched model computes, runs beside it only where something needs it. For
 a linear layer with inputs X_p and X_d (tokens, in) of the two streams a method gets the norms of
-X_p's channels (enough for a score), X_pᵀ X_p (for SparseGPT) and X_pᵀ X_d with both means (for a
-redistribution against the dense output X_d Wᵀ), as much of it as it asks for
-(`input_statistics.py`). Inside a decoder
-layer the order is q, k, v, then o, then gate, up, then down, each group seeing the groups before it
-pruned. Padding is left out. Only one group's statistics exist at a time, and each stream costs one
-forward pass.
+X_p's channels (enough for a score), X_pᵀ X_p (for SparseGPT) and X_pᵀ X_d (for a redistribution
+against the dense output X_d Wᵀ), as much of it as it asks for (`input_statistics.py`). Inside a
+decoder layer the order is q, k, v, then o, then gate, up, then down, each group seeing the groups
+before it pruned. Padding is left out. Each stream costs one forward pass.
+
+Memory beside the model: one group's statistics at a time, and for every calibration token and
+stream its hidden state twice and the input of one layer, 2 hidden + intermediate numbers in the
+model's dtype; for 128 x 2,048 tokens of an 8B Llama in bf16 12 GB a stream.
 
 Left out: moving hidden states or layers off the model's device, and several processes.
 """

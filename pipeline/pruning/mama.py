@@ -41,7 +41,7 @@ def mama_scores(
     Args:
         weights: Name to (out, in) dense weight.
         input_norms: Name to (in,) L2 norms of the input channels; None switches activation off.
-        movement: Name to (out, in) calibration movement; None switches movement off.
+        movement: Name to (out, in) calibration movement, on any device; None switches it off.
         magnitude: False switches magnitude off; at least one of the three is on.
 
     Returns:
@@ -58,7 +58,7 @@ def mama_scores(
             for name, score in scores.items()
         }
     if movement is not None:
-        factors = movement_factors({name: movement[name] for name in weights})
+        factors = movement_factors({n: movement[n].to(w.device) for n, w in weights.items()})
         scores = {name: score * factors[name] for name, score in scores.items()}
     return scores
 

@@ -41,7 +41,7 @@ class MatrixPruner:
     activation: bool = True
     """Whether `mama` uses activation norms."""
     movement: dict[str, Tensor] | None = None
-    """Name to (out, in) calibration movement, for `mama`."""
+    """Name to (out, in) calibration movement, on any device, for `mama`."""
     seed: int = 0
     """Of `random`."""
 
@@ -107,7 +107,7 @@ class MatrixPruner:
         power = ADMM_POWERS[self.method] if self.uses_activation else 0.0
         factors = None
         if self.method == "mama" and self.movement is not None:
-            factors = movement_factors({name: self.movement[name]})[name]
+            factors = movement_factors({name: self.movement[name].to(weight.device)})[name]
         equations = normal_equations(weight, statistics)
         mask = admm_mask(
             weight, *equations, sparsity, self.scope, name, power=power, multiplier=factors

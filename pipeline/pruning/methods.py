@@ -19,6 +19,9 @@ blocks, so they reach only some sparsities, and the nearest one counts.
 Any method goes with any redistribution, but for the solvers, SparseGPT and ALPS, which have one of
 their own (`matrix_pruner.py`): they refuse `proportional`, and the scope `model`, for their scores
 mean something within a matrix only.
+
+Movement waits in the host's memory until its matrix is pruned. Left out: a frugal scope `model`; it
+holds the scores of all weights at once, and under MAMA sorts their movement.
 """
 
 from collections.abc import Sequence
@@ -102,41 +105,28 @@ def prune_model(
     scope = scope or default_scope(method)
     weights = {name: weight.detach() for name, weight in prunable_weights(model).items()}
     _check_arguments(method, sparsity, scope, redistribution, allocation, weights)
-    pruner = MatrixPruner(
-        method,
-        scope,
-        redistribution,
-        magnitude,
-        activation,
-        calibration_movement(model, batches, progress) if method == "mama" and movement else None,
-        seed,
-    )
-    masks = None
-    if method == "sdmprune":
-        masks = sdmprune_masks(
-            model, batches, sparsity, width_multiple=width_multiple, progress=progress
-        )
-    elif method == "block_entropy":
-        masks = block_masks(model, batches, sparsity, progress=progress)
-    elif scope == "model":
-        masks = _masks_over_the_model(model, batches, pruner, weights, sparsity, progress)
-    if masks is not None:
+    moved = None
+    if method == "mama" and movement:
+        moved = calibration_movement(model, batches, progress)
+        moved = {name: total.cpu() for name, total in moved.items()}
+    pruner = MatrixPruner(method, scope, redistribution, magnitude, activation, moved, seed)
+    if scope == "model":
+        if method == "sdmprune":
+            masks = sdmprune_masks(
+                model, batches, sparsity, width_multiple=width_multiple, progress=progress
+            )
+        elif method == "block_entropy":
+            masks = block_masks(model, batches, sparsity, progress=progress)
+        else:
+            masks = _masks_by_one_threshold(model, batches, pruner, weights, sparsity, progress)
         _redistribute_under(model, batches, masks, redistribution, progress)
         return masks
-
     rates = uniform_rates(weights, sparsity)
     if allocation == "owl":
         rates = owl_rates(model, batches, sparsity, progress=progress)
     elif allocation == "search":
-        rates = search_rates(
-            model,
-            batches,
-            pruner,
-            sparsity,
-            num_evaluations=search_evaluations,
-            seed=seed,
-            progress=progress,
-        ).rates
+        budget = {"num_evaluations": search_evaluations, "seed": seed}
+        rates = search_rates(model, batches, pruner, sparsity, **budget, progress=progress).rates
     return _prune_by_matrix(model, batches, pruner, rates, progress)
 
 
@@ -169,7 +159,7 @@ def _prune_by_matrix(
     return masks
 
 
-def _masks_over_the_model(
+def _masks_by_one_threshold(
     model: LlamaForCausalLM,
     batches: Sequence[CalibrationBatch],
     pruner: MatrixPruner,
