@@ -56,7 +56,8 @@ HARMLESS_KEYS = (
     ("evaluate", "every_steps"),
     ("evaluate", "patience"),
 )
-"""Keys that change no number of a cell."""
+"""Keys that change no number of a cell, but for `evaluate.batch_size`: sampling depends on it, so
+other completions of the same teacher calibrate."""
 
 Cell = dict[str, Any]
 
