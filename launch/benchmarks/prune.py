@@ -1,8 +1,9 @@
 """The prune suite: seconds and memory of every one-shot method on one decoder layer, by shape.
 
 What calibration costs is timed on whole passes over the layer: the forward pass alone, what the
-statistics add, movement, and Wanda from start to end. What a method then does with the statistics
-is timed for all seven matrices together; a factor that matrices share is computed once. ALPS and
+statistics add, movement, what the structured methods choose by (SDMPrune's importance once, of the
+two times it takes it), and Wanda from start to end. What a method then does with the statistics is
+timed for all seven matrices together; a factor that matrices share is computed once. ALPS and
 MAMA with ADMM take turns between mask and weights and are timed at fewer sparsities.
 """
 

@@ -16,6 +16,7 @@ from launch.benchmarks.shapes import Shape
 from launch.benchmarks.timing import Side
 from pipeline.models.prunable import decoder_layers, prunable_weights
 from pipeline.pruning.batches import calibration_batches
+from pipeline.pruning.block_entropy import entropy_increases
 from pipeline.pruning.calibration import calibrate, first_layer_input
 from pipeline.pruning.calibration_movement import calibration_movement
 from pipeline.pruning.input_statistics import InputStatistics
@@ -23,6 +24,7 @@ from pipeline.pruning.layer_steps import layer_steps
 from pipeline.pruning.matrix_pruner import MatrixPruner
 from pipeline.pruning.methods import prune_model
 from pipeline.pruning.redistribution import redistribute
+from pipeline.pruning.sdmprune import channel_importance
 
 CHANNEL_SPREAD = 0.5
 """Standard deviation of the logarithm of a channel's size."""
@@ -110,7 +112,7 @@ class LayerBench:
         return {name: fresh[id(found)] for name, found in self.statistics.items()}
 
     def calibration_sides(self, sparsity: float) -> dict[str, Side]:
-        """The forward pass alone, what statistics add to it, and Wanda as a whole."""
+        """The forward pass alone, what each look at the layer costs, and Wanda as a whole."""
         layer = decoder_layers(self.model)[0]
         streams = [first_layer_input(self.model, batch, "input_norm") for batch in self.batches]
 
@@ -122,6 +124,11 @@ class LayerBench:
         def statistics(needs: str) -> Callable[[], None]:
             return lambda: calibrate(self.model, self.batches, lambda *_: None, needs)
 
+        def importance() -> None:
+            channels = layer.mlp.down_proj.in_features
+            live = torch.ones(1, channels, dtype=torch.bool, device=self.device)
+            channel_importance(self.model, self.batches, live)
+
         def wanda() -> None:
             prune_model(self.model, self.batches, method="wanda", sparsity=sparsity)
 
@@ -130,6 +137,8 @@ class LayerBench:
             "with second moments": Side(statistics("second_moment")),
             "with both streams' moments": Side(statistics("cross_moment")),
             "movement": Side(lambda: calibration_movement(self.model, self.batches)),
+            "sdmprune, importance": Side(importance),
+            "block_entropy, entropies": Side(lambda: entropy_increases(self.model, self.batches)),
             "wanda, whole": Side(wanda, self.restore, once=True),
         }
 

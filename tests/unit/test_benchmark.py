@@ -94,7 +94,7 @@ def test_prune_suite_writes_every_method(tmp_path):
     assert small["num_tokens"] == 64
     assert small["calibration"].keys() == {
         "forward pass alone", "with second moments", "with both streams' moments", "movement",
-        "wanda, whole",
+        "sdmprune, importance", "block_entropy, entropies", "wanda, whole",
     }  # fmt: skip
     assert small["calibration"]["forward pass alone"]["ratio"]["median"] == 1.0
     assert small["sparsities"]["0.5"].keys() == {

@@ -38,17 +38,22 @@ def test_weights_and_bias_together_are_the_damped_least_squares_solution():
     new_weight = redistribute(weight, mask, "least_squares", statistics.centred)
     new_bias = balanced_bias(bias, weight, new_weight, statistics)
 
-    damp = (DAMPING * len(pruned) * pruned.var(0, correction=0).mean()).sqrt()
-    target = dense @ weight.T + bias
-    for row in range(4):
-        kept = mask[row]
-        # Unknowns: the kept weights, then the bias, which is not damped.
-        system = torch.cat([pruned[:, kept], torch.ones(len(pruned), 1)], 1)
-        pull = torch.cat([damp * torch.eye(int(kept.sum())), torch.zeros(int(kept.sum()), 1)], 1)
+    expected = solve_with_bias(pruned, dense @ weight.T + bias, weight, mask)
+    torch.testing.assert_close((new_weight, new_bias), expected)
+
+
+def solve_with_bias(inputs, target, weight, mask):
+    """Weights (out, in) and biases (out,) by lstsq, row by row; the bias is not damped."""
+    damp = (DAMPING * len(inputs) * inputs.var(0, correction=0).mean()).sqrt()
+    new_weight, new_bias = torch.zeros_like(weight), torch.zeros_like(weight[:, 0])
+    for row, kept in enumerate(mask):
+        # Unknowns: the kept weights, then the bias.
+        system = torch.cat([inputs[:, kept], torch.ones_like(inputs[:, :1])], 1)
+        pull = damp * torch.eye(int(kept.sum()), 1 + int(kept.sum()), dtype=inputs.dtype)
         right = torch.cat([target[:, row], damp * weight[row, kept]])
         solution = torch.linalg.lstsq(torch.cat([system, pull]), right[:, None]).solution[:, 0]
-        torch.testing.assert_close(new_weight[row, kept], solution[:-1])
-        torch.testing.assert_close(new_bias[row], solution[-1])
+        new_weight[row, kept], new_bias[row] = solution[:-1], solution[-1]
+    return new_weight, new_bias
 
 
 @pytest.mark.parametrize("kind", ["proportional", "least_squares"])
@@ -84,7 +89,6 @@ def biases_of(model):
 @pytest.mark.parametrize("scope", ["matrix", "model"])
 @pytest.mark.parametrize("method", ["magnitude", "mama"])
 def test_mean_outputs_of_a_pruned_model_stay_dense(method, scope):
-    """Fails where the bias is solved on other moments than the weights."""
     means = {}
     for pruned in (False, True):
         model = biased_model()
@@ -105,6 +109,30 @@ def test_mean_outputs_of_a_pruned_model_stay_dense(method, scope):
         calibrate(model, make_batches(), visit, "cross_moment")
     for name, mean in means[False].items():
         torch.testing.assert_close(means[True][name], mean)
+
+
+@pytest.mark.parametrize(
+    ("scope", "redistribution"),
+    [("matrix", "least_squares"), ("model", "least_squares"), ("matrix", "admm")],
+)
+@torch.no_grad()
+def test_the_first_matrix_of_a_model_is_solved_together_with_its_bias(scope, redistribution):
+    model, dense = biased_model(), decoder_layers(biased_model())[0].self_attn.q_proj
+    first = decoder_layers(model)[0]
+    ids = torch.tensor([token for p, c in zip(*make_rows(), strict=True) for token in p + c])
+    inputs = first.input_layernorm(model.model.embed_tokens(ids))
+    masks = prune_model(
+        model,
+        make_batches(),
+        method="magnitude",
+        sparsity=0.6,
+        scope=scope,
+        redistribution=redistribution,
+    )
+    mask = masks["model.layers.0.self_attn.q_proj.weight"]
+    expected = solve_with_bias(inputs, dense(inputs), dense.weight, mask)
+    found = first.self_attn.q_proj
+    torch.testing.assert_close((found.weight.data, found.bias.data), expected)
 
 
 @pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])

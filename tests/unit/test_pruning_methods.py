@@ -381,10 +381,16 @@ def test_arguments_out_of_range_are_named(changes, key):
 
 @pytest.mark.parametrize(
     ("method", "redistribution"),
-    [("mama", "least_squares"), ("wanda", "none"), ("sparsegpt", "none")],
+    [
+        ("mama", "least_squares"),
+        ("mama", "admm"),
+        ("alps", "none"),
+        ("wanda", "none"),
+        ("sparsegpt", "none"),
+    ],
 )
 def test_bfloat16_model(method, redistribution):
-    model = make_model(torch.bfloat16)
+    model = make_model(torch.bfloat16, num_hidden_layers=1)
     masks = prune_model(
         model, make_batches(), method=method, sparsity=0.9, redistribution=redistribution
     )

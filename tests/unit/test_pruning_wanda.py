@@ -5,6 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 
+from pipeline.models.prunable import prunable_weights
 from pipeline.pruning.methods import prune_model
 from pipeline.pruning.wanda import wanda_score
 from pipeline.sparsity.threshold import masks_by_score
@@ -41,6 +42,35 @@ def test_the_first_matrix_of_a_model_against_the_formula():
         assert int(kept.sum()) == 8
         assert row[kept].min() > row[~kept].max()
     assert torch.equal(dict(model.named_parameters())[NAME], weight * masks[NAME])
+
+
+@torch.no_grad()
+def run_alone(model, name):
+    """(tokens, in) inputs of a matrix in the model as it is, each sequence by itself."""
+    seen = []
+    hook = model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0][0])
+    )
+    for prompt, completion in zip(*make_rows(), strict=True):
+        model(torch.tensor([prompt + completion]))
+    hook.remove()
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@torch.no_grad()
+def test_a_whole_model_against_the_textbook(heads):
+    """Matrix after matrix: run the model as pruned so far, score, cut each row."""
+    model = make_model(num_key_value_heads=heads)
+    textbook = make_model(num_key_value_heads=heads)
+    masks = prune_model(model, make_batches(), method="wanda", sparsity=0.625)
+    for name, weight in prunable_weights(textbook).items():
+        score = weight.abs() * run_alone(textbook, name).square().sum(0).sqrt()
+        kept = score.shape[1] - round(0.625 * score.shape[1])
+        expected = torch.zeros_like(score, dtype=torch.bool)
+        expected.scatter_(1, score.topk(kept).indices, True)
+        assert torch.equal(masks[name], expected), name
+        weight.mul_(expected)
 
 
 def test_later_layers_are_scored_behind_pruned_earlier_ones():
