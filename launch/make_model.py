@@ -53,6 +53,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for key, value in defaults.items():
         if getattr(arguments, key) is None:
             setattr(arguments, key, value)
+    heads = arguments.num_heads
+    if heads < 1 or arguments.hidden_size % (2 * heads) or heads % max(1, heads // 2):
+        parser.error(
+            f"--num_heads {heads}: set 1, 3 or an even number, and --hidden_size, which is "
+            f"{arguments.hidden_size}, to a multiple of twice as many"
+        )
     return arguments
 
 

@@ -66,7 +66,7 @@ def run(config: Config, folder: RunFolder, inputs: TaskInputs, out: Path) -> Non
     """Runs every cell that is not there yet and writes tables and plots.
 
     Raises:
-        UserError: Several processes were started, or a row cannot be pruned.
+        UserError: Several processes were started, a row cannot be pruned, or there is no cell.
     """
     if world_size() > 1:
         raise UserError(
@@ -84,6 +84,11 @@ def run(config: Config, folder: RunFolder, inputs: TaskInputs, out: Path) -> Non
     for seed in config.sweep.seeds:
         cells += _cells_of_seed(config, seed, models, dense, out)
         write_sweep_report(out, cells, reference, description)
+    if not cells:
+        raise UserError(
+            f"sweep.levels: {config.sweep.levels}: no row of sweep.rows can be pruned to one of "
+            "them; set others, or another row"
+        )
     write_json(
         out / "sweep.json", {"description": description, "reference": reference, "cells": cells}
     )

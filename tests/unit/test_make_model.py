@@ -157,6 +157,15 @@ def test_broken_task_file_is_explained(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("heads", "hidden_size"), [(3, 20), (5, 20), (2, 6), (0, 16)])
+def test_sizes_that_make_no_llama_are_refused(tmp_path, capsys, heads, hidden_size):
+    sizes = ["--num_heads", str(heads), "--hidden_size", str(hidden_size)]
+    with pytest.raises(SystemExit) as stopped:
+        make_model.main([*sizes, "--output_dir", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    assert f"--num_heads {heads}: set" in capsys.readouterr().err
+
+
 def test_bundled_task_still_trains(tmp_path):
     out = tmp_path / "model"
     options = [*TINY, "--steps", "2", "--batch_size", "4", "--output_dir", str(out)]

@@ -1,4 +1,4 @@
-"""One cell of a sweep in this process, where student and teacher are different models."""
+"""Sweeps of a cell or none, in this process."""
 
 import json
 
@@ -7,6 +7,7 @@ import torch
 
 from pipeline.artifacts import RunFolder
 from pipeline.config_loading import load_config
+from pipeline.errors import UserError
 from pipeline.evaluation.agreement import agreement_with_teacher
 from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.stages import sweep
@@ -44,3 +45,21 @@ def test_kl_is_to_the_dense_student_when_the_teacher_is_another_model(tmp_path):
     to_teacher = agreement_with_teacher(load_model("bundled"), other, pairs, batch_size=8)
     assert to_teacher.kl > 1e-3
     assert pruned > 1e-3
+
+
+def test_a_sweep_without_any_cell_is_refused(tmp_path):
+    config = load_config(
+        "configs/sweep.yaml",
+        {
+            "task.num_calibration": 2,
+            "task.num_train": 20,
+            "task.num_test": 6,
+            "sweep.rows": {"SDMPrune-style": {"method": "sdmprune", "redistribution": "none"}},
+            "sweep.headline": None,
+            "sweep.levels": [0.95],
+            "sweep.seeds": [1],
+        },
+    )
+    folder = RunFolder.open(tmp_path / "run")
+    with pytest.raises(UserError, match=r"sweep\.levels: \[0\.95\]: no row"):
+        sweep.run(config, folder, open_task(config), folder.stage("sweep"))
