@@ -339,6 +339,15 @@ class RefineConfig(_Section):
     refuses it once the paired 95 % interval shows it (a point takes about 2,000 prompts)."""
 
 
+class LoraConfig(_Section):
+    """Adapters in the place of full training, on every prunable projection; merged when saved."""
+
+    r: int | None = Field(None, ge=1)
+    """Rank of the adapters; null trains all weights."""
+    alpha: float = Field(16.0, gt=0)
+    """The adapters' product counts alpha / r."""
+
+
 class EvaluateConfig(_Section):
     """The measurement at the end, and the small one while a stage trains."""
 
@@ -396,6 +405,7 @@ class Config(_Section):
     rewards: RewardsConfig = RewardsConfig()
     movement: MovementConfig = MovementConfig()
     refine: RefineConfig = RefineConfig()
+    lora: LoraConfig = LoraConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     sweep: SweepConfig = SweepConfig()
 

@@ -46,9 +46,9 @@ ON_EVERY_RANK = {"distill": distill.run, "on_policy": on_policy.run, "grpo": grp
 
 SECTIONS_READ = {
     "prune": ("student", "teacher", "task", "calibration", "prune"),
-    "distill": ("teacher", "task", "distill", "movement", "refine"),
+    "distill": ("teacher", "task", "distill", "movement", "refine", "lora"),
     "on_policy": ("teacher", "task", "on_policy", "movement", "refine"),
-    "grpo": ("teacher", "task", "grpo", "rewards", "movement", "refine"),
+    "grpo": ("teacher", "task", "grpo", "rewards", "movement", "refine", "lora"),
     "evaluate": ("student", "teacher", "task", "evaluate"),
     "sweep": ("student", "teacher", "task", "calibration", "prune", "distill", "evaluate", "sweep"),
 }

@@ -10,11 +10,9 @@ the student that the stage began with: what TRL takes for the reference of `beta
 The mask is replicated: one bit a weight on every rank, also where ZeRO-3 cuts the base weight.
 """
 
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from pipeline.models.prunable import PRUNABLE_PROJECTIONS, decoder_layers
 from pipeline.sparsity.bits import full_bits
@@ -55,6 +53,7 @@ class MaskedLoraLinear(Linear):
         """(..., in) to (..., out); with adapters disabled the base layer alone."""
         if self.disable_adapters:
             return self.base_layer(hidden)
+        assert self.active_adapters == [ADAPTER], "a second adapter has no mask"
         return MaskedLowRankLinear.apply(
             hidden, *self.factors, self.mask, self.scale, self.base_layer.bias
         )
@@ -64,16 +63,15 @@ class MaskedLoraLinear(Linear):
         raise NotImplementedError("a masked adapter is merged by merged_state_dict")
 
 
-def add_lora(model: PreTrainedModel, *, r: int, alpha: float, seed: int) -> PeftModel:
-    """Freezes a Llama and puts an adapter on every prunable projection.
+def lora_config(*, r: int, alpha: float) -> LoraConfig:
+    """Adapters on every prunable projection, for the `peft_config` of a TRL trainer.
 
-    B starts at 0, so the function does not change.
+    A trainer that is given a model with adapters instead takes them for pretrained ones, and under
+    `beta` adds a second set as the reference. B starts at 0, so the function does not change.
 
     Args:
-        model: Becomes part of the result; whole, or in pieces under ZeRO-3.
         r: Rank of the product.
         alpha: The product counts alpha / r.
-        seed: Of A, the same on every rank.
     """
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -84,9 +82,7 @@ def add_lora(model: PreTrainedModel, *, r: int, alpha: float, seed: int) -> Peft
         target_modules=list(PRUNABLE_PROJECTIONS),
     )
     config._register_custom_module({nn.Linear: MaskedLoraLinear})
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return get_peft_model(model, config, adapter_name=ADAPTER)
+    return config
 
 
 def lora_layers(model: nn.Module) -> dict[str, MaskedLoraLinear]:
@@ -105,6 +101,11 @@ def lora_layers(model: nn.Module) -> dict[str, MaskedLoraLinear]:
     }
 
 
+def adapters_disabled(model: nn.Module) -> bool:
+    """Whether a model computes without its adapters now; False for one that has none."""
+    return any(layer.disable_adapters for layer in lora_layers(model).values())
+
+
 def merged_state_dict(model: PeftModel, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of an ordinary Llama that computes what the trained model computes.
 
@@ -116,7 +117,7 @@ def merged_state_dict(model: PeftModel, state_dict: dict[str, Tensor]) -> dict[s
         state_dict: Its whole state dict, gathered where it was in pieces.
 
     Returns:
-        Name, as before `add_lora`, to tensor.
+        Name, as it was without adapters, to tensor.
     """
     merged = {
         key.removeprefix(PREFIX).replace(".base_layer.", "."): tensor

@@ -14,7 +14,7 @@ from pipeline.ranks import on_main
 from pipeline.rollouts import Rollout
 from pipeline.stages.inputs import TaskInputs, open_student, open_teacher
 from pipeline.stages.teacher_rollouts import cached_rollouts
-from pipeline.stages.training import Training, stage_sparsity, train
+from pipeline.stages.training import Training, adapters, stage_sparsity, train
 from pipeline.stages.verification import open_verification
 from pipeline.training.arguments import distill_arguments
 from pipeline.training.distill_trainer import DistillTrainer
@@ -35,6 +35,7 @@ def run(
         args=arguments,
         train_dataset=as_dataset(rollouts),
         processing_class=inputs.tokenizer,
+        peft_config=adapters(config),
         teacher=teacher,
         kl_weight=config.distill.kl_weight,
         ce_weight=config.distill.ce_weight,

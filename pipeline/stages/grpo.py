@@ -11,7 +11,7 @@ from pipeline.config import Config
 from pipeline.data.tasks import Row
 from pipeline.errors import UserError
 from pipeline.stages.inputs import TaskInputs, open_student, open_teacher
-from pipeline.stages.training import Training, stage_sparsity, train
+from pipeline.stages.training import Training, adapters, stage_sparsity, train
 from pipeline.stages.verification import open_verification
 from pipeline.training.arguments import grpo_arguments
 from pipeline.training.grpo_trainer import TeacherGRPOTrainer
@@ -36,6 +36,7 @@ def run(
         args=arguments,
         train_dataset=as_dataset(inputs.task.train, inputs),
         processing_class=inputs.tokenizer,
+        peft_config=adapters(config),
         teacher=teacher,
         num_masks=config.grpo.num_masks,
         sparsity_weight=values.sparsity_weight,

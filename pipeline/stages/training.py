@@ -16,6 +16,7 @@ from transformers import Trainer
 from pipeline.artifacts import MASK_FILE, RunFolder, write_json
 from pipeline.config import END_FRACTION, TRAINING_STAGES, Config
 from pipeline.errors import UserError
+from pipeline.models.lora import LoraConfig, lora_config, lora_layers, merged_state_dict
 from pipeline.ranks import is_main, on_main, wait_for_all
 from pipeline.sparsity.masks import save_masks
 from pipeline.sparsity.movement import MovementRule
@@ -27,8 +28,9 @@ from pipeline.training.arguments import forget_deepspeed
 from pipeline.training.best_student import adopt_best, read_best
 from pipeline.training.checkpoint import check_layout, newest_whole_checkpoint
 from pipeline.training.heldout import HeldoutCallback
+from pipeline.training.lora import LoraSparsityCallback
 from pipeline.training.probe import Probe, ProbePrompt
-from pipeline.training.sparse_trainer import Sparsity, layout_of
+from pipeline.training.sparse_trainer import Sparsity, SparsityCallback, layout_of
 from pipeline.training.verified_refinement import Verification
 
 REFINEMENTS_FILE = "refinements.json"
@@ -138,6 +140,11 @@ def _earlier_refinements(folder: RunFolder, stage: str) -> list[dict[str, Any]]:
     return [entry for entries in lists for entry in entries]
 
 
+def adapters(config: Config) -> LoraConfig | None:
+    """The `peft_config` of a trainer; None for full training."""
+    return None if config.lora.r is None else lora_config(r=config.lora.r, alpha=config.lora.alpha)
+
+
 def _is_complete(config: Config, folder: RunFolder, refinements: list[dict[str, Any]]) -> bool:
     """Whether the schedule's last target was reached, late where it waited."""
     if not refinements:
@@ -182,7 +189,8 @@ def train(
         check_layout(checkpoint, layout_of(trainer))
         logger.info("%s: resuming from %s", sparsity.stage, checkpoint)
         sparsity.resume(checkpoint)
-    trainer.add_sparsity(sparsity)
+    adapted = lora_layers(trainer.accelerator.unwrap_model(trainer.model))
+    trainer.add_sparsity(sparsity, LoraSparsityCallback if adapted else SparsityCallback)
     heldout = _heldout(config, inputs, trainer, out)
     if heldout is not None:
         heldout.resume(checkpoint)
@@ -249,10 +257,13 @@ def save_student(trainer: Trainer, folder: Path) -> None:
 
 
 def _save_model(trainer: Trainer, out: Path) -> None:
-    """Gathers the weights where they are in pieces, and writes them once."""
+    """Gathers the weights where they are in pieces, merges adapters, and writes them once."""
     state_dict = None
     if trainer.is_deepspeed_enabled:
         state_dict = trainer.accelerator.get_state_dict(trainer.deepspeed)
     if is_main():
         model = trainer.accelerator.unwrap_model(trainer.model)
+        if lora_layers(model):
+            state_dict = merged_state_dict(model, state_dict or model.state_dict())
+            model = model.get_base_model()
         save_model(model, trainer.processing_class, out, state_dict)

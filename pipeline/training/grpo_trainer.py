@@ -31,6 +31,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from pipeline.errors import UserError
 from pipeline.models.chunked_head import chunked_head, score_completions
+from pipeline.models.lora import adapters_disabled
 from pipeline.models.teacher import completion_log_probs, completion_targets
 from pipeline.training.acting_terms import ActingTerms
 from pipeline.training.sparse_trainer import SparseTrainer
@@ -221,8 +222,8 @@ class TeacherGRPOTrainer(SparseTrainer, GRPOTrainer):
                 model, input_ids, attention_mask, logits_to_keep, **kwargs
             )
         if inputs is None:
-            if model is self.model:
-                self._old_log_probs = scores[0]
+            if model is self.model and not adapters_disabled(model):
+                self._old_log_probs = scores[0]  # and not those of the reference
             return scores
         fill_old_log_probs(inputs, scores[0].detach())
         if self.teacher_kl_place == "advantage":

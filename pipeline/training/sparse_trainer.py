@@ -20,7 +20,7 @@ from pipeline.ranks import raise_together
 from pipeline.sparsity.hooks import SparsityHooks
 from pipeline.sparsity.layouts import check_optimizer
 from pipeline.sparsity.movement import MovementRule
-from pipeline.sparsity.refine import RefinementRule, refine
+from pipeline.sparsity.refine import Refinement, RefinementRule, refine
 from pipeline.sparsity.schedule import RefinementSchedule, Waiting
 from pipeline.sparsity.shards import ShardedWeights, plain_shards
 from pipeline.sparsity.state import SparsityState
@@ -113,7 +113,7 @@ class SparsityCallback(TrainerCallback):
         """Registers the hooks on the optimizer that updates the weights."""
         failure = None
         try:
-            self.weights = find_shards(self.trainer)
+            self.weights = self.find_weights()
             self.state = load_sparsity(
                 self.sparsity.source, self.weights, self.sparsity.movement.dtype
             )
@@ -142,6 +142,10 @@ class SparsityCallback(TrainerCallback):
         sparsity = self.sparsity
         return sparsity.starts_final or (sparsity.schedule is not None and self.is_last_mask)
 
+    def find_weights(self) -> ShardedWeights:
+        """This rank's shards of the prunable weights."""
+        return find_shards(self.trainer)
+
     def bind(self) -> None:
         """Puts the hooks on the optimizer."""
         self.hooks = SparsityHooks(self.weights, self.state, self.sparsity.movement)
@@ -169,14 +173,7 @@ class SparsityCallback(TrainerCallback):
         if not sparsity.schedule.is_due(step):
             return None
         target = sparsity.schedule.sparsity_at(step)
-        done = refine(
-            self.state,
-            self.weights,
-            sparsity.rule,
-            sparsity=target,
-            regrow_fraction=sparsity.schedule.regrow_fraction_at(step),
-            step=step,
-        )
+        done = self.refine(target, sparsity.schedule.regrow_fraction_at(step), step)
         return {"target": target, **asdict(done), "accepted": True}
 
     def _refine_verified(self, step: int) -> dict[str, Any] | None:
@@ -189,6 +186,20 @@ class SparsityCallback(TrainerCallback):
     def position(self, step: int) -> int:
         """Where the schedule stands after a step: behind it by what it has waited."""
         return step if self.verified is None else math.floor(step - self._waiting().waited)
+
+    def refine(self, sparsity: float, regrow_fraction: float, step: int) -> Refinement:
+        """Refines the masks once, see `sparsity/refine.py`."""
+        return refine(
+            self.state,
+            self.weights,
+            self.sparsity.rule,
+            sparsity=sparsity,
+            regrow_fraction=regrow_fraction,
+            step=step,
+        )
+
+    def save(self, checkpoint: Path) -> None:
+        """Adds what else a resumed run needs to a checkpoint. Every rank calls it."""
 
     def on_train_end(self, args, state, control, **kwargs):
         """Takes the hooks off, and says so where a schedule that waited is not done."""
@@ -218,9 +229,11 @@ class SparseTrainer:
     sparsity: SparsityCallback
     heldout: HeldoutCallback | None = None
 
-    def add_sparsity(self, sparsity: Sparsity) -> SparsityCallback:
+    def add_sparsity(
+        self, sparsity: Sparsity, kind: type[SparsityCallback] = SparsityCallback
+    ) -> SparsityCallback:
         """Makes the trainer keep and refine the masks. Returns the callback that does it."""
-        self.sparsity = SparsityCallback(self, sparsity)
+        self.sparsity = kind(self, sparsity)
         self.add_callback(self.sparsity)
         self.skipped_steps = SkippedSteps(self.accelerator.unwrap_model(self.model), sparsity.stage)
         if not self.args.disable_tqdm:
@@ -279,6 +292,7 @@ class SparseTrainer:
         if self.heldout is not None:
             self.heldout.keep(checkpoint)
         callback = self.sparsity
+        callback.save(checkpoint)
         finish_checkpoint(
             checkpoint,
             callback.state,

@@ -364,6 +364,8 @@ def test_a_rule_is_not_applied_to_a_key_that_is_faulty_itself():
 
 # Rules between keys.
 
+LORA = {"lora.r": 4, "movement.kept": "displacement"}
+
 
 @pytest.mark.parametrize(
     ("overrides", "key", "remedy"),
@@ -474,6 +476,11 @@ def test_a_rule_is_not_applied_to_a_key_that_is_faulty_itself():
         ({"refine.verify": True}, "refine.verify", "set false, or refine.start_sparsity"),
         ({"calibration.source": "text"}, "calibration.text_path", "set a text file"),
         ({"evaluate.text_seq_len": 64}, "evaluate.text_stride", "set 63 or less"),
+        ({"lora.r": 4}, "movement.kept", "set displacement, or lora.r: null"),
+        (LORA | {"movement.pruned": "negative_gradient"}, "movement.pruned", "set proposed"),
+        (LORA | {"refine.score": "fisher"}, "refine.score", "set magnitude"),
+        (LORA | {"distill.muon_learning_rate": 0.01}, "distill.muon_learning_rate", "set null"),
+        (LORA | {"grpo.use_vllm": True}, "grpo.use_vllm", "set false"),
     ],
 )
 def test_keys_that_do_not_fit_together(overrides, key, remedy):
@@ -511,6 +518,7 @@ def test_keys_that_do_not_fit_together(overrides, key, remedy):
         {"prune.method": "sparsegpt", "prune.redistribution": "none"},
         {"prune.method": "sdmprune", "prune.redistribution": "least_squares"},
         {"prune.allocation": "search"},
+        LORA | {"refine.score": "mix", "grpo.use_vllm": False, "grpo.beta": 0.04},
         {"prune.allocation": "owl", "refine.start_sparsity": 0.5, "refine.scope": "model"},
         {
             "prune.allocation": "owl",
@@ -531,6 +539,7 @@ SWEEP = {"run.stages": ["sweep"], "sweep.rows": {"a": {}, "b": {"method": "wanda
     ("overrides", "key", "remedy"),
     [
         ({"run.stages": ["prune", "sweep"]}, "run.stages", "set [sweep]"),
+        (LORA | {"sweep.recover_levels": [0.5]}, "sweep.recover_levels", "or lora.r: null"),
         ({"sweep.rows": {}}, "sweep.rows", "configs/sweep.yaml"),
         ({"sweep.rows": {"a": {"methods": "mama"}}}, "sweep.rows.a.methods", "--help"),
         ({"sweep.rows": {"a": {"method": "best"}}}, "sweep.rows.a.method", "--help"),
