@@ -6,7 +6,10 @@ from the factors whenever the mask is refined (`sparsity/low_rank_refine.py`).
 
 On one process and under DDP every rank has all masks and movement; under ZeRO the ranks share them.
 Under ZeRO-3 an adapted layer is one leaf: DeepSpeed gathers W, A and B when its forward or backward
-pass begins. The factors that are read are those that compute: bf16 under DeepSpeed's bf16.
+pass begins, and reduces the gradients of a leaf once that of its input is known. So the embeddings,
+though frozen, hand on outputs that need a gradient, or the first layer would be reduced too early.
+
+The factors that are read are those that compute: bf16 under DeepSpeed's bf16.
 
 A checkpoint holds what TRL and DeepSpeed save of the adapters, masks and movement, and in
 `lora.safetensors` the factors of the last refinement, from which the next movement counts.
@@ -53,6 +56,7 @@ class LoraSparsityCallback(SparsityCallback):
             from deepspeed.utils import set_z3_leaf_modules  # deepspeed takes seconds
 
             set_z3_leaf_modules(model, [MaskedLoraLinear])
+            model.enable_input_require_grads()
 
     def find_weights(self) -> ShardedWeights:
         """An even cut of the adapted weights; all of them without ZeRO."""
@@ -127,9 +131,9 @@ class LoraSparsityCallback(SparsityCallback):
         layer = self.layers[name]
         gathered = nullcontext()
         if hasattr(layer.factors[0], "ds_id"):
-            from deepspeed.zero import GatheredParameters  # deepspeed takes seconds
+            import deepspeed  # takes seconds
 
-            gathered = GatheredParameters(list(layer.factors))
+            gathered = deepspeed.zero.GatheredParameters(list(layer.factors))
         with gathered:
             yield Factors(*layer.factors, layer.scale)
 
