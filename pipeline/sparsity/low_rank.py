@@ -9,8 +9,8 @@ product is dense, and what it adds at pruned places would come back with every m
 formed, masked, used and dropped, and formed again for the gradient. Autograd keeps x, the factors
 and the packed mask, never a matrix of the weight's size.
 
-Memory beyond that, for one matrix at a time, forwards as backwards: 5 bytes an element (E or G in
-fp32, and a byte of mask), and 2 more where it is rounded for autocast. Time: 2 r multiply-adds an
+Memory beyond that, for one matrix at a time, forwards as backwards: 5.5 bytes an element (E or G in
+fp32, and a mask being unpacked); under autocast, where E is rounded, 6. Time: 2 r multiply-adds an
 element of W, and E written and read, in every forward pass, whatever the number of tokens; so
 generation, a pass for each token, pays most.
 

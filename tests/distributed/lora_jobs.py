@@ -6,14 +6,16 @@ import deepspeed
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch import distributed as dist
 from trl import SFTConfig
 
 from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.models.lora import lora_config, lora_layers
-from pipeline.sparsity.low_rank_refine import whole_masks
+from pipeline.sparsity.low_rank_refine import product_shards, whole_masks
 from pipeline.sparsity.movement import MovementRule
 from pipeline.sparsity.refine import RefinementRule
 from pipeline.sparsity.schedule import RefinementSchedule
+from pipeline.sparsity.state import SparsityState
 from pipeline.stages.training import train
 from pipeline.training.distill_trainer import DistillTrainer
 from pipeline.training.sparse_trainer import Sparsity
@@ -43,6 +45,16 @@ def stage(rank, world_size, layout, prune, out, optimizer, stops) -> list[dict]:
         `refinements`; of every rank `masks`, which its layers compute with.
     """
     return [_part(layout, Path(prune), Path(out), optimizer, stop) for stop in stops]
+
+
+def cut(rank, world_size, masks: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+    """Offset and size of this rank's parts, and the masks put together from all ranks'."""
+    shapes = {name: mask.shape for name, mask in masks.items()}
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    weights = product_shards(shapes, optimizer, dist.group.WORLD, torch.device("cpu"))
+    state = SparsityState.from_masks(masks, weights)
+    ranges = {name: (shard.offset, shard.numel) for name, shard in weights.shards.items()}
+    return ranges, dict(whole_masks(weights, state))
 
 
 def _part(layout: str, prune: Path, out: Path, optimizer: dict, stop: int) -> dict:

@@ -7,7 +7,7 @@ from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.models.prunable import apply_masks, prunable_weights
 from pipeline.sparsity.masks import load_masks, save_masks, unpack_mask
 from pipeline.sparsity.storage import saved_movement
-from tests.distributed.lora_jobs import ADAM, IDS, SGD, stage
+from tests.distributed.lora_jobs import ADAM, IDS, SGD, cut, stage
 from tests.distributed.workers import run_on_ranks
 from tests.unit.tiny_models import tiny
 
@@ -47,6 +47,18 @@ def check_saved(found, out, tolerance=1e-6):
         assert torch.equal(unpack_mask(masks[name], weight.shape), final[name])
         assert not weight[~final[name]].any(), name
     assert (saved(IDS).logits.float() - found["logits"]).abs().max() <= tolerance
+
+
+def test_masks_are_cut_evenly_at_bytes_and_put_together_again():
+    shapes = {"a": (1, 3), "b": (5, 7), "c": (16, 16), "d": (3, 11)}
+    generator = torch.Generator().manual_seed(3)
+    masks = {name: torch.rand(shape, generator=generator) < 0.5 for name, shape in shapes.items()}
+    (first, together), (second, also) = run_on_ranks(2, cut, masks)
+    assert first == {"a": (0, 3), "b": (0, 24), "c": (0, 128), "d": (0, 24)}
+    assert second == {"b": (24, 11), "c": (128, 128), "d": (24, 9)}
+    for name, mask in masks.items():
+        assert torch.equal(unpack_mask(together[name], mask.shape), mask)
+        assert torch.equal(together[name], also[name])
 
 
 def test_one_process_saves_what_it_trained(alone):

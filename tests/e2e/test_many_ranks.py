@@ -68,6 +68,31 @@ def test_both_topologies_train_the_same_student(runs):
         assert torch.allclose(first[both], second[both], rtol=1e-3, atol=1e-4), name
 
 
+def test_a_lora_student_generates_and_trains_in_pieces(tmp_path):
+    out = tmp_path / "run"
+    done = launch(
+        "cpu_zero3",
+        out,
+        **{
+            "run.stages": "[prune, grpo]",
+            "lora.r": 2,
+            "movement.kept": "displacement",
+            "movement.dtype": "float32",
+            "grpo.max_steps": 5,
+            "refine.every_steps": 2,
+        },
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    student, pruned = (load_model(str(out / stage / "model")) for stage in ("grpo", "prune"))
+    assert measured_sparsity(student)[0] == pytest.approx(0.9, abs=1e-4)
+    masks, before = load_masks(out / "grpo" / MASK_FILE), prunable_weights(pruned)
+    for name, weight in prunable_weights(student).items():
+        assert not weight[~masks[name]].any()
+        assert not torch.equal(weight[masks[name]], before[name][masks[name]]), "it was trained"
+    assert (out / "grpo" / "checkpoint-3" / "adapter_model.safetensors").exists()
+    assert not list((out / "grpo" / "checkpoint-3").glob("model*.safetensors"))
+
+
 def test_checkpoints_say_which_layout_can_read_them(runs):
     for topology, engine in (("cpu_zero2", "zero2"), ("cpu_zero3", "zero3")):
         marker = next((runs / topology / "distill").glob("checkpoint-*/sparsity.json"))

@@ -1,10 +1,14 @@
 """LoRA under a mask: outputs and gradients of a dense masked sum, and what is kept and merged."""
 
+import weakref
+
 import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM
 
@@ -91,6 +95,44 @@ def test_autograd_keeps_the_input_and_the_factors_and_no_product():
         dense_sum(*values)
     dense = [t for t in kept if t.numel() == OUT * IN and t.data_ptr() not in allowed]
     assert dense, "the textbook version does keep matrices of the weight's size"
+
+
+class LiveBytes(TorchDispatchMode):
+    """Most bytes of tensors made inside that were alive at once; `known` were there before."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+        self.most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, storage._cdata)
+        self.most = max(self.most, sum(self.sizes.values()))
+        return result
+
+
+@pytest.mark.parametrize(("autocast", "bytes_stated"), [(False, 5.5), (True, 6.0)])
+def test_the_product_of_one_layer_at_a_time_is_in_memory(autocast, bytes_stated):
+    """Of four layers in a row, forwards and backwards; the rest is 2 % of it."""
+    size, depth = 1024, 4
+    hidden = torch.randn(1, size)
+    factors = [torch.randn(size, size), torch.randn(2, size), torch.randn(size, 2)]
+    for factor in factors[1:]:
+        factor.requires_grad_()
+    packed = pack_mask(torch.rand(size, size) < 0.5)
+    with (
+        LiveBytes([hidden, packed, *factors]) as live,
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        for _ in range(depth):
+            hidden = MaskedLowRankLinear.apply(hidden, *factors, packed, SCALE, None)
+        hidden.float().sum().backward()
+    assert 4 * size * size < live.most <= 1.02 * bytes_stated * size * size
 
 
 def test_under_autocast_the_effective_weight_is_rounded_once():
