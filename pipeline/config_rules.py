@@ -457,6 +457,20 @@ def _lora_faults(config: Config) -> Iterator[Fault]:
             "set false",
         ),
         (
+            "grpo.num_masks",
+            config.grpo.num_masks,
+            (1,),
+            "the next mask is tried on the optimizer's weights, where no adapter's product is",
+            "set 1",
+        ),
+        (
+            "refine.verify",
+            config.refine.verify,
+            (False,),
+            "candidate masks are tried on the optimizer's weights, where no adapter's product is",
+            "set false",
+        ),
+        (
             "sweep.recover_levels",
             levels,
             ([],),

@@ -481,6 +481,8 @@ LORA = {"lora.r": 4, "movement.kept": "displacement"}
         (LORA | {"refine.score": "fisher"}, "refine.score", "set magnitude"),
         (LORA | {"distill.muon_learning_rate": 0.01}, "distill.muon_learning_rate", "set null"),
         (LORA | {"grpo.use_vllm": True}, "grpo.use_vllm", "set false"),
+        (LORA | {"grpo.num_masks": 2, "refine.start_sparsity": 0.5}, "grpo.num_masks", "set 1"),
+        (LORA | {"refine.verify": True, "refine.regrow_fraction": 0.1}, "refine.verify", "false"),
     ],
 )
 def test_keys_that_do_not_fit_together(overrides, key, remedy):
