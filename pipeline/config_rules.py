@@ -471,6 +471,13 @@ def _lora_faults(config: Config) -> Iterator[Fault]:
             "set false",
         ),
         (
+            "run.stages",
+            [stage for stage in config.run.stages if stage == "on_policy"],
+            ([],),
+            "on_policy trains its student whole",
+            "leave on_policy out",
+        ),
+        (
             "sweep.recover_levels",
             levels,
             ([],),

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch import distributed as dist
 from trl import SFTConfig
 
+from pipeline.config import Config
 from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.models.lora import lora_config, lora_layers
 from pipeline.sparsity.low_rank_refine import product_shards, whole_masks
@@ -92,7 +93,7 @@ def _part(layout: str, prune: Path, out: Path, optimizer: dict, stop: int) -> di
         first_step=0,
         stage="distill",
     )
-    train(trainer, sparsity, out, None)
+    train(Config(), None, trainer, sparsity, out, None)
     found = _found(trainer)
     if trainer.is_deepspeed_enabled:
         trainer.deepspeed.destroy()

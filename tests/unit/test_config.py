@@ -481,6 +481,11 @@ LORA = {"lora.r": 4, "movement.kept": "displacement"}
         (LORA | {"refine.score": "fisher"}, "refine.score", "set magnitude"),
         (LORA | {"distill.muon_learning_rate": 0.01}, "distill.muon_learning_rate", "set null"),
         (LORA | {"grpo.use_vllm": True}, "grpo.use_vllm", "set false"),
+        (
+            LORA | {"run.stages": ["prune", "on_policy"], "on_policy.max_steps": 9},
+            "run.stages",
+            "leave on_policy out",
+        ),
         (LORA | {"grpo.num_masks": 2, "refine.start_sparsity": 0.5}, "grpo.num_masks", "set 1"),
         (LORA | {"refine.verify": True, "refine.regrow_fraction": 0.1}, "refine.verify", "false"),
     ],

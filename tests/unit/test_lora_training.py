@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import LlamaForCausalLM, TrainerCallback
 from trl import GRPOConfig, SFTConfig
 
+from pipeline.config import Config
 from pipeline.models.loading import load_tokenizer
 from pipeline.models.lora import lora_config, lora_layers
 from pipeline.models.prunable import prunable_weights
@@ -229,7 +230,7 @@ def test_a_stage_trains_adapters_and_saves_an_ordinary_sparse_llama(
     out = tmp_path / "distill"
     arguments = {"gradient_checkpointing": checkpointing, "save_strategy": "no"}
     trainer = distill_trainer(tokenizer, out, model, 7, **arguments)
-    train(trainer, sparsity, out, None)
+    train(Config(), None, trainer, sparsity, out, None)
 
     logits = trainer.model.eval()(IDS).logits
     saved = LlamaForCausalLM.from_pretrained(out / "model", dtype=torch.float32).eval()
@@ -253,7 +254,7 @@ def test_the_saved_movement_has_the_steps_since_the_last_refinement(tokenizer, t
     start = {name: weight.clone() for name, weight in prunable_weights(model).items()}
     out = tmp_path / "distill"
     trainer = distill_trainer(tokenizer, out, model, 3, save_strategy="no")
-    train(trainer, sparsity, out, None)
+    train(Config(), None, trainer, sparsity, out, None)
     callback = trainer.sparsity
     state = load_state(out, callback.weights)
     for name, layer in callback.layers.items():
@@ -272,7 +273,7 @@ def test_a_resumed_run_ends_bit_identical_to_the_straight_one(tokenizer, tmp_pat
             out = tmp_path / name
             trainer = distill_trainer(tokenizer, out, student(tokenizer, masks), steps)
             assert (newest_whole_checkpoint(out) is None) == (steps == stops[0])
-            train(trainer, sparsity, out, None)
+            train(Config(), None, trainer, sparsity, out, None)
         ends[name] = trainer.model.state_dict(), trainer.sparsity.state, sparsity.refinements
     (straight, first, log), (resumed, second, second_log) = ends["straight"], ends["resumed"]
     assert all(torch.equal(straight[key], resumed[key]) for key in straight)
@@ -324,7 +325,7 @@ def test_grpo_with_beta_takes_the_stages_first_student_for_its_reference(tokeniz
                 seen.append(trainer.model(IDS).logits.log_softmax(-1))
 
     trainer.add_callback(Reference())
-    train(trainer, sparsity, tmp_path / "grpo", None)
+    train(Config(), None, trainer, sparsity, tmp_path / "grpo", None)
     assert trainer.ref_model is None
     assert all(torch.allclose(found, reference, atol=1e-6) for found in seen)
     assert any(entry.get("kl", 0) > 0 for entry in trainer.state.log_history)
