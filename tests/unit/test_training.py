@@ -89,6 +89,7 @@ def recorded_batch(trainer, teacher):
         "completion_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
         "advantages": torch.tensor([0.7, -0.7]),
         "num_items_in_batch": torch.tensor(5),
+        "row": torch.tensor([0, 1]),
     }
     batch["teacher_log_probs"] = completion_log_probs(
         teacher,
