@@ -2,7 +2,7 @@
 
 A key's docstring is its manual: `launch/train.py --help` prints it, so it says meaning and unit.
 
-Left out: rules that tie two or more keys together (`config_rules.py`), the names and types that
+Left out: rules that tie two or more keys together (`rules/`), the names and types that
 belong to TRL (`trl_keys.py`), YAML and command-line values (`config_loading.py`). A `Config` built
 directly, as in a test, is checked key by key only; `load_config` applies every rule.
 """

@@ -25,8 +25,9 @@ from pipeline.config_keys import (
     nearest_keys,
     own_fields,
 )
-from pipeline.config_rules import Fault, cross_faults
 from pipeline.config_yaml import YamlError, dump_yaml, parse_yaml, show_value
+from pipeline.rules.check import cross_faults
+from pipeline.rules.fault import Fault
 from pipeline.trl_keys import REFUSED, SECRETS, settable_keys, trl_value_fault
 
 

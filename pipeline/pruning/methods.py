@@ -32,7 +32,6 @@ from transformers.models.llama import LlamaForCausalLM
 
 from pipeline.errors import UserError
 from pipeline.models.prunable import apply_masks, prunable_weights
-from pipeline.prune_rules import STRUCTURED, contradictions
 from pipeline.pruning.allocation import owl_rates, uniform_rates
 from pipeline.pruning.allocation_search import search_rates
 from pipeline.pruning.batches import CalibrationBatch
@@ -44,6 +43,7 @@ from pipeline.pruning.input_statistics import InputStatistics
 from pipeline.pruning.matrix_pruner import SOLVERS, MatrixPruner
 from pipeline.pruning.redistribution import balanced_bias, redistribute
 from pipeline.pruning.sdmprune import sdmprune_masks
+from pipeline.rules.prune import STRUCTURED, contradictions
 from pipeline.sparsity.groups import parse_n_m, run_length
 from pipeline.sparsity.threshold import masks_by_score
 

@@ -32,8 +32,8 @@ from pipeline.evaluation.unigram import unigram_perplexity
 from pipeline.models.loading import load_model
 from pipeline.models.prompts import encode_answer
 from pipeline.models.prunable import prunable_weights
-from pipeline.prune_rules import STRUCTURED
 from pipeline.ranks import world_size
+from pipeline.rules.prune import STRUCTURED
 from pipeline.stages import distill, prune
 from pipeline.stages.inputs import (
     TaskInputs,

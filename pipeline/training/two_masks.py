@@ -46,7 +46,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from pipeline.errors import UserError
-from pipeline.reward_rules import MIN_DIFFERENCE
+from pipeline.rules.idle_terms import MIN_DIFFERENCE
 from pipeline.sparsity.refine import refine
 from pipeline.sparsity.undo import Undo
 from rewards.sparsity import sparsity_bonuses

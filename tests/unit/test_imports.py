@@ -37,10 +37,8 @@ SAME_ROOM = {  # files of pipeline/ that belong to the room of config.py
     for name in (
         "config_keys",
         "config_loading",
-        "config_rules",
         "config_yaml",
-        "prune_rules",
-        "reward_rules",
+        "rules",
         "trl_keys",
     )
 }

@@ -7,13 +7,13 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.models.prunable import prunable_weights
-from pipeline.prune_rules import STRUCTURED, contradictions
 from pipeline.pruning.batches import calibration_batches
 from pipeline.pruning.calibration import calibrate
 from pipeline.pruning.calibration_movement import calibration_movement
 from pipeline.pruning.methods import METHODS, REDISTRIBUTIONS, SCOPES, prune_model
 from pipeline.pruning.redistribution import redistribute
 from pipeline.pruning.sparsegpt import sparsegpt_weight
+from pipeline.rules.prune import STRUCTURED, contradictions
 from tests.unit.pruning_models import PAD, make_batches, make_model, make_rows
 
 SINGLE_WEIGHTS = [method for method in METHODS if method not in STRUCTURED]

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.models.loading import load_tokenizer
-from pipeline.reward_rules import MIN_DIFFERENCE
+from pipeline.rules.idle_terms import MIN_DIFFERENCE
 from rewards.acting import ACTS
 from tests.unit.recorded_grpo import count_forwards
 from tests.unit.tiny_models import tiny

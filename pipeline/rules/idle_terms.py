@@ -13,9 +13,9 @@ A pattern matches every text if it matches the empty one and has nothing that lo
 import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, NamedTuple
 
 from pipeline.config import END_FRACTION, TRAINING_STAGES, Config
+from pipeline.rules.fault import Fault
 
 MIN_DIFFERENCE = 0.01
 """Sparsity by which the second of two masks is sparser at least."""
@@ -32,17 +32,7 @@ GREEDY = {
 """Keys of sampling to values that leave one possible next token."""
 
 
-class Contradiction(NamedTuple):
-    """The parts of a `Fault`, see `config_rules.py`."""
-
-    key: str
-    value: Any
-    why: str
-    remedy: str
-    also: tuple[str, ...] = ()
-
-
-def idle_terms(config: Config) -> Iterator[Contradiction]:
+def idle_terms(config: Config) -> Iterator[Fault]:
     """Finds the terms that cannot act.
 
     Args:
@@ -54,11 +44,11 @@ def idle_terms(config: Config) -> Iterator[Contradiction]:
     yield from _idle_masks(config)
 
 
-def _idle_functions(config: Config) -> Iterator[Contradiction]:
+def _idle_functions(config: Config) -> Iterator[Fault]:
     functions, weights = config.rewards.functions, config.rewards.weights or []
     for index, (name, weight) in enumerate(zip(functions, weights, strict=False)):
         if weight == 0:
-            yield Contradiction(
+            yield Fault(
                 f"rewards.weights[{index}]",
                 weight,
                 f"{name} would turn no advantage",
@@ -67,7 +57,7 @@ def _idle_functions(config: Config) -> Iterator[Contradiction]:
             )
     for name, count in Counter(functions).items():
         if count > 1:
-            yield Contradiction(
+            yield Fault(
                 "rewards.functions",
                 functions,
                 f"{name} stands there {count} times, and the second is a multiple of the first",
@@ -75,7 +65,7 @@ def _idle_functions(config: Config) -> Iterator[Contradiction]:
             )
     pattern = config.rewards.format_pattern
     if pattern is not None and "format" in functions and matches_everything(pattern):
-        yield Contradiction(
+        yield Fault(
             "rewards.format_pattern",
             pattern,
             "matches every completion, so format is the same for all of a prompt",
@@ -92,14 +82,14 @@ def matches_everything(pattern: str) -> bool:
         return False
 
 
-def _identical_completions(config: Config) -> Iterator[Contradiction]:
+def _identical_completions(config: Config) -> Iterator[Fault]:
     values = config.grpo.trl_values
     more = values.get("generation_kwargs")
     for prefix, given in (("grpo", values), ("grpo.generation_kwargs", more)):
         for name, is_greedy in GREEDY.items():
             value = (given or {}).get(name)
             if isinstance(value, int | float) and is_greedy(value):
-                yield Contradiction(
+                yield Fault(
                     f"{prefix}.{name}",
                     value,
                     "all completions of a prompt would be the same, and every reward with them",
@@ -107,7 +97,7 @@ def _identical_completions(config: Config) -> Iterator[Contradiction]:
                 )
 
 
-def _idle_bonus(config: Config) -> Iterator[Contradiction]:
+def _idle_bonus(config: Config) -> Iterator[Fault]:
     """The sparsity bonus acts where masks are compared."""
     weight, stages = config.rewards.sparsity_weight, config.run.stages
     if weight == 0 or not set(TRAINING_STAGES) & set(stages):
@@ -115,7 +105,7 @@ def _idle_bonus(config: Config) -> Iterator[Contradiction]:
     verifies = config.refine.verify and set(config.refine.stages) & set(stages)
     two_masks = config.grpo.num_masks == 2 and "grpo" in stages
     if not verifies and not two_masks:
-        yield Contradiction(
+        yield Fault(
             "rewards.sparsity_weight",
             weight,
             "all completions of a prompt come from one mask, so it is correctness times a constant",
@@ -123,7 +113,7 @@ def _idle_bonus(config: Config) -> Iterator[Contradiction]:
             ("grpo.num_masks", "refine.verify", "refine.stages", "run.stages"),
         )
     elif two_masks and "correctness" not in config.rewards.functions:
-        yield Contradiction(
+        yield Fault(
             "rewards.sparsity_weight",
             weight,
             "right completions earn it, and rewards.functions does not ask which are right",
@@ -132,7 +122,7 @@ def _idle_bonus(config: Config) -> Iterator[Contradiction]:
         )
 
 
-def _idle_masks(config: Config) -> Iterator[Contradiction]:
+def _idle_masks(config: Config) -> Iterator[Fault]:
     """Groups under two masks need a second mask, and halves."""
     values = config.grpo.trl_values
     if config.grpo.num_masks == 1 or "grpo" not in config.run.stages:
@@ -141,7 +131,7 @@ def _idle_masks(config: Config) -> Iterator[Contradiction]:
         yield _one_mask("vLLM would sample both halves with the weights of one mask", "use_vllm")
     num_generations = values.get("num_generations")
     if isinstance(num_generations, int) and num_generations % 2:
-        yield Contradiction(
+        yield Fault(
             "grpo.num_generations",
             num_generations,
             "grpo.num_masks 2 samples one half of a group under either mask",
@@ -161,7 +151,7 @@ def _idle_masks(config: Config) -> Iterator[Contradiction]:
         yield from _idle_end(config)
 
 
-def _idle_end(config: Config) -> Iterator[Contradiction]:
+def _idle_end(config: Config) -> Iterator[Fault]:
     """The cubic schedule (`sparsity/schedule.py`) still has some way to go when grpo begins."""
     refine, stages = config.refine, config.run.stages
     refining = [stage for stage in refine.stages if stage in stages]
@@ -191,6 +181,6 @@ def _idle_end(config: Config) -> Iterator[Contradiction]:
         )
 
 
-def _one_mask(why: str, *also: str, remedy: str = "set 1") -> Contradiction:
+def _one_mask(why: str, *also: str, remedy: str = "set 1") -> Fault:
     keys = tuple(key if "." in key else f"grpo.{key}" for key in also)
-    return Contradiction("grpo.num_masks", 2, why, f"{remedy} instead", keys)
+    return Fault("grpo.num_masks", 2, why, f"{remedy} instead", keys)

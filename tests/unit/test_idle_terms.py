@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.config import ConfigError
 from pipeline.config_loading import load_config
-from pipeline.reward_rules import matches_everything
+from pipeline.rules.idle_terms import matches_everything
 
 STEPS = {"distill.max_steps": 9, "grpo.max_steps": 9}
 TWO = {"rewards.functions": ["correctness", "my.module:length"]}
