@@ -9,8 +9,9 @@ A table stands between two markers. The first says what to show, as YAML on one 
     <!-- /table -->
 
 `file` is one of results/. A sweep has `measure` (kl, accuracy, perplexity, text_perplexity,
-recovered_kl or recovered_accuracy), or `against`, KL or accuracy of the headline row beside each
-other row's; `rows` and `levels` are optional. The prune suite has `layer`.
+recovered_kl or recovered_accuracy), or `against`, one of them, of the headline row beside each
+other row's; or at one `level` several `measures` side by side. `rows` and `levels` are optional.
+The prune suite has `layer`.
 """
 
 import argparse
@@ -26,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import yaml
 
 from pipeline.evaluation.formats import number
-from pipeline.evaluation.markdown import table
+from pipeline.evaluation.markdown import escape, table
+from pipeline.evaluation.sweep_cell_text import cell_text, marks
 from pipeline.evaluation.sweep_comparison_tables import against_table
 from pipeline.evaluation.sweep_grid import (
     ACCURACY,
@@ -80,9 +82,29 @@ def sweep_table(found: dict, wanted: dict) -> str:
     missing = [row for row in rows if row not in grid.rows]
     if missing:
         raise KeyError(f"{wanted['file']}.json has no row {', '.join(missing)}")
+    if "measures" in wanted:
+        return _side_by_side(grid, wanted["measures"], rows, wanted["level"])
     if "against" in wanted:
         return against_table(grid, MEASURES[wanted["against"]], rows, levels)
     return "\n\n".join(row_table(grid, MEASURES[wanted["measure"]], rows, levels))
+
+
+def _side_by_side(grid: SweepGrid, names: list[str], rows: list[str], level: float) -> str:
+    """Rows down, several measures at one level across."""
+    measures = [MEASURES[name] for name in names]
+    best = [grid.best_rows(measure, level, rows) for measure in measures]
+    pairs = list(zip(measures, best, strict=True))
+    header = ["method", *(name.replace("_", " ") for name in names)]
+    body = [
+        [
+            escape(row),
+            *(cell_text(grid, measure, row, level, row in wins) for measure, wins in pairs),
+        ]
+        for row in rows
+    ]
+    return "\n\n".join(
+        [table([header, *body]), *marks(grid, measures[0], rows, [level], any(best))]
+    )
 
 
 def layer_table(found: dict, wanted: dict) -> str:

@@ -69,6 +69,14 @@ def test_headline_against_rows(folder):
     assert "0.5 (+2.00 ± 1.00)" in page
 
 
+def test_measures_side_by_side(folder):
+    page = results.render(
+        MARKER.format("{file: sweep, level: 0.5, measures: [kl, perplexity]}"), folder
+    )
+    assert "| method | kl | perplexity |" in page
+    assert "| ours | **2.00 ± 1.41** | **3.00 ± 1.41** |" in page
+
+
 def test_layer_of_the_prune_suite(folder):
     page = results.render(MARKER.format("{file: suite, layer: 1B}"), folder)
     assert "| forward | 2 (1.5), 3 |  |" in page
