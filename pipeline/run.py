@@ -207,14 +207,18 @@ def _settle(config: Config, folder: RunFolder, resume: str) -> None:
             f"--output_dir: {folder.root} already holds {', '.join(begun)} and --resume is never; "
             "set another --output_dir, or --resume auto to go on"
         )
+    to_run: list[str] = []
     for stage in config.run.stages:
         record = folder.record(stage)
         if record is None:
+            to_run.append(stage)
             continue
         changes = changed_inputs(
             _comparable(record["inputs"], stage, record["done"]),
             _comparable(stage_inputs(stage, config, folder), stage, record["done"]),
         )
+        if to_run and stage in ON_EVERY_RANK:
+            changes.append(f"its student: before {', '.join(to_run)} -> after")
         if not changes:
             continue
         if resume != "redo":

@@ -83,15 +83,18 @@ class Waiting:
     def after(
         cls, schedule: RefinementSchedule, decisions: Sequence[Mapping[str, Any]]
     ) -> "Waiting":
-        """Goes on behind the last of some decisions: its `step`, `waited` and `halvings`."""
+        """Goes on behind the last of some decisions: its `step`, `waited` and `halvings`.
+
+        One of a stage that verified nothing has the step alone: it was on time.
+        """
         if not decisions:
             return cls(schedule=schedule)
         last = decisions[-1]
         return cls(
             schedule=schedule,
-            waited=last["waited"],
+            waited=last.get("waited", 0.0),
             decided_at=last["step"],
-            halvings=last["halvings"],
+            halvings=last.get("halvings", 0),
         )
 
     @property

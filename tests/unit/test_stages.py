@@ -6,7 +6,8 @@ import pytest
 
 from pipeline.artifacts import RunFolder
 from pipeline.config_loading import load_config
-from pipeline.run import stage_inputs
+from pipeline.errors import UserError
+from pipeline.run import _settle, stage_inputs
 from pipeline.sparsity.schedule import Waiting
 from pipeline.stages import sweep
 from pipeline.stages.training import end_step, first_step, stage_sparsity
@@ -98,6 +99,37 @@ def test_a_schedule_that_waited_goes_on_in_the_next_stage(tmp_path):
     assert waiting.is_due(50)
     assert sparsity.is_last
     assert not stage_sparsity(load_config(CONFIG, SHORT), folder, "distill", source).is_last
+
+
+def test_a_schedule_goes_on_behind_a_stage_that_verified_nothing(tmp_path):
+    folder = RunFolder.open(tmp_path)
+    record = {"done": True, "max_steps": 40, "refine_end_step": 60}
+    folder.write_record("distill", record)
+    source = folder.stage("distill")
+    (source / "refinements.json").write_text(json.dumps([{"step": 40, "accepted": True}]))
+    later = load_config(CONFIG, SHORT | {"run.stages": ["grpo", "evaluate"], "refine.verify": True})
+    sparsity = stage_sparsity(later, folder, "grpo", source)
+    waiting = Waiting.after(sparsity.schedule, sparsity.earlier)
+    assert (waiting.position, waiting.halvings) == (40, 0)
+
+
+def test_a_stage_put_before_a_trained_one_is_refused_or_has_it_trained_again(tmp_path):
+    """Else the later stage would keep the student that never saw the new one."""
+    folder = RunFolder.open(tmp_path)
+    stages = ["prune", "distill", "grpo", "evaluate"]
+    config = load_config(CONFIG, SHORT | {"run.stages": stages})
+    for stage in stages:
+        inputs = stage_inputs(stage, config, folder)
+        folder.write_record(stage, {"inputs": inputs, "done": True, "outputs": {}})
+    _settle(config, folder, "auto")
+    more = {"on_policy.max_steps": 5, "run.stages": [*stages[:2], "on_policy", *stages[2:]]}
+    longer = load_config(CONFIG, SHORT | more)
+    with pytest.raises(UserError, match=r"^grpo: .*before on_policy -> after.*--resume redo"):
+        _settle(longer, folder, "auto")
+    assert folder.is_done("grpo")
+    _settle(longer, folder, "redo")
+    assert [stage for stage in stages if folder.record(stage)] == stages[:2]
+    assert len(list((tmp_path / "old").glob("*/grpo/stage.json"))) == 1
 
 
 def test_a_sweep_trains_all_students_for_equally_long_whatever_runs_measure():
