@@ -24,8 +24,9 @@ OVERRIDES = SMALL | {
 
 
 def launch(topology, out, **overrides):
-    arguments = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    arguments += [f"configs/accelerate/{topology}.yaml", "launch/train.py"]
+    """Ranks meet at a free port, so that two test runs on one machine do not."""
+    arguments = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    arguments += ["--config_file", f"configs/accelerate/{topology}.yaml", "launch/train.py"]
     arguments += ["--config", "configs/quickstart.yaml", "--output_dir", str(out)]
     for key, value in (OVERRIDES | overrides).items():
         arguments += [f"--{key}", str(value)]
@@ -105,6 +106,7 @@ def test_two_ranks_that_train_nothing(tmp_path):
             sys.executable,
             "-m",
             "torch.distributed.run",
+            "--standalone",
             "--nproc_per_node",
             "2",
             "launch/train.py",
