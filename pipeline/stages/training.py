@@ -250,7 +250,7 @@ def save_student(trainer: Trainer, folder: Path) -> None:
     """
     engine = trainer.sparsity
     _save_model(trainer, folder)
-    save_state(folder, engine.state, engine.weights)
+    save_state(folder, engine.state_now(), engine.weights)
     masks = dict(engine.state.whole_masks(engine.weights))
     if is_main():
         save_masks(folder / MASK_FILE, masks)

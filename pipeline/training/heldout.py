@@ -19,12 +19,13 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from transformers import Trainer, TrainerCallback, TrainerControl
 
 from pipeline.artifacts import write_json
-from pipeline.ranks import is_main, wait_for_all
+from pipeline.ranks import is_main, on_main, wait_for_all
 from pipeline.training.best_student import copy_best, read_best, write_best
 
 KEY = "heldout_accuracy"
@@ -102,7 +103,7 @@ class HeldoutCallback(TrainerCallback):
         )
         self.measurements.append(found)
         self._log(found, control)
-        best = read_best(self.folder)
+        best = on_main(partial(read_best, self.folder))
         if found.is_final_sparsity and (best is None or found.accuracy >= best["accuracy"]):
             write_best(self.folder, self.save, found.step, found.accuracy)
         if self.is_over and not is_last:

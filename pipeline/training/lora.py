@@ -37,6 +37,7 @@ from pipeline.sparsity.low_rank_refine import (
 )
 from pipeline.sparsity.refine import Refinement
 from pipeline.sparsity.shards import ShardedWeights
+from pipeline.sparsity.state import SparsityState
 from pipeline.training.sparse_trainer import Sparsity, SparsityCallback
 
 NOTE_FILE = "lora.safetensors"
@@ -72,8 +73,7 @@ class LoraSparsityCallback(SparsityCallback):
 
     def bind(self) -> None:
         """Gives every layer its mask, and notes where its factors are."""
-        step = self.sparsity.first_step + self.trainer.state.global_step
-        step, previous = self._load_note(step)
+        step, previous = self._load_note(self.step)
         self.movement = ProductMovement(
             self.weights, self.state, self.sparsity.movement, self._read, step, previous
         )
@@ -95,11 +95,11 @@ class LoraSparsityCallback(SparsityCallback):
         return done
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Observes the steps since the last refinement, so that the saved movement has them."""
-        step = self.sparsity.first_step + state.global_step
-        for name in self.weights.shapes:
-            self.movement.observe([name], step)
-        self.movement.step = step
+        """Nothing was put on the optimizer."""
+
+    def state_now(self) -> SparsityState:
+        """With the movement of the steps since the last refinement."""
+        return self.movement.observed(self.step)
 
     def save(self, checkpoint: Path) -> None:
         """Writes the factors from which the next movement counts, which all ranks have alike."""

@@ -198,6 +198,10 @@ class SparsityCallback(TrainerCallback):
             step=step,
         )
 
+    def state_now(self) -> SparsityState:
+        """What a stage leaves of masks and movement. Every rank calls it."""
+        return self.state
+
     def save(self, checkpoint: Path) -> None:
         """Adds what else a resumed run needs to a checkpoint. Every rank calls it."""
 
