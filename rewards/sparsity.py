@@ -26,14 +26,3 @@ def sparsity_bonuses(correct: Tensor, sparsity: Tensor | float, weight: float) -
         fp32 (B,), in units of reward.
     """
     return weight * correct.float() * torch.as_tensor(sparsity, device=correct.device).float()
-
-
-def mask_bonus(accuracy: float, sparsity: float, weight: float) -> float:
-    """The bonus of a mask as a whole: the mean of its completions' bonuses.
-
-    Args:
-        accuracy: Fraction of its completions that are right, in [0, 1].
-        sparsity: Of the mask, in [0, 1].
-        weight: Reward per unit of sparsity.
-    """
-    return weight * accuracy * sparsity

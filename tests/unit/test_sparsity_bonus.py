@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rewards.sparsity import mask_bonus, sparsity_bonuses
+from rewards.sparsity import sparsity_bonuses
 
 
 def test_a_right_answer_earns_the_sparsity_of_its_mask_and_a_wrong_one_nothing():
@@ -11,9 +11,3 @@ def test_a_right_answer_earns_the_sparsity_of_its_mask_and_a_wrong_one_nothing()
     sparsity = torch.tensor([0.9, 0.9, 0.5, 0.5])
     assert sparsity_bonuses(correct, sparsity, 0.2).tolist() == pytest.approx([0.18, 0, 0.1, 0])
     assert sparsity_bonuses(correct, 0.5, 2.0).tolist() == [1.0, 0.0, 1.0, 0.0]
-
-
-def test_a_mask_earns_the_mean_of_its_completions():
-    correct = torch.tensor([True, True, True, False])
-    mean = sparsity_bonuses(correct, 0.8, 0.3).mean().item()
-    assert mask_bonus(0.75, 0.8, 0.3) == pytest.approx(mean)
