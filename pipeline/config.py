@@ -164,7 +164,7 @@ class TaskConfig(_Section):
     num_calibration: int = Field(256, ge=1)
     """Prompts set aside for calibration."""
     num_probe: int = Field(256, ge=1)
-    """Prompts set aside for judging masks during training."""
+    """Prompts set aside for judging masks and students during training."""
     num_test: int = Field(2000, ge=1)
     """Held-out prompts for evaluation, the same for all models, at most."""
 

@@ -2,7 +2,7 @@
 
 train        the prompts that distillation and GRPO see
 calibration  inputs of one-shot pruning
-probe        prompts on which a change of the mask is judged during training
+probe        prompts on which masks and students are judged during training
 test         held out: nothing but evaluation reads them
 
 A row's split is a function of its prompt alone: b = sha256(prompt) mod 100, and the ranges of b in
