@@ -122,7 +122,7 @@ def test_two_ranks_that_train_nothing(tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "run" / "report.json").read_text())["accuracy"]["student"] == 1.0

@@ -42,7 +42,7 @@ def run(tmp_path_factory):
     arguments += ["--output_dir", str(out)]
     for key, value in VALUES.items():
         arguments += [f"--{key}", str(value)]
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     return out, done
 

@@ -24,7 +24,7 @@ def run_script(*arguments, cwd, env=None):
         env=env,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
 
