@@ -10,6 +10,7 @@ from torch import distributed as dist
 from trl import SFTConfig
 
 from pipeline.config import Config
+from pipeline.config_loading import load_config
 from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.models.lora import lora_config, lora_layers
 from pipeline.sparsity.low_rank_refine import product_shards, whole_masks
@@ -17,6 +18,7 @@ from pipeline.sparsity.movement import MovementRule
 from pipeline.sparsity.refine import RefinementRule
 from pipeline.sparsity.schedule import RefinementSchedule
 from pipeline.sparsity.state import SparsityState
+from pipeline.stages.inputs import open_task
 from pipeline.stages.training import train
 from pipeline.training.distill_trainer import DistillTrainer
 from pipeline.training.sparse_trainer import Sparsity
@@ -27,6 +29,14 @@ BATCH_SIZE = 8
 IDS = torch.tensor([[5, 13, 7, 15, 11, 12], [9, 15, 8, 4, 3, 2]])
 SGD = {"optim": "sgd", "learning_rate": 2.0, "max_grad_norm": 0.0}
 ADAM = {"learning_rate": 1e-2}
+MEASURED = {
+    "task.num_train": 8,
+    "task.num_calibration": 8,
+    "task.num_probe": 5,
+    "task.num_test": 8,
+    "evaluate.max_new_tokens": 2,
+    "evaluate.every_steps": 5,
+}
 
 
 def stage(rank, world_size, layout, prune, out, optimizer, stops) -> list[dict]:
@@ -35,7 +45,8 @@ def stage(rank, world_size, layout, prune, out, optimizer, stops) -> list[dict]:
     Args:
         rank: Of this process.
         world_size: Ranks.
-        layout: `plain`, `ddp`, or `zeroN` with any of `-persistent`, `-checkpointing`, `-bf16`.
+        layout: `plain`, `ddp`, or `zeroN` with any of `-persistent`, `-checkpointing`, `-bf16`,
+            `-measured`: it keeps the best of its last two students, which are equally wrong.
         prune: Folder of a pruned student and its masks; read only.
         out: Folder of the stage, of all ranks together.
         optimizer: `SGD` or `ADAM`.
@@ -93,8 +104,12 @@ def _part(layout: str, prune: Path, out: Path, optimizer: dict, stop: int) -> di
         first_step=0,
         stage="distill",
     )
-    train(Config(), None, trainer, sparsity, out, None)
-    found = _found(trainer)
+    config, inputs = Config(), None
+    if layout.endswith("measured"):
+        config = load_config("configs/quickstart.yaml", MEASURED)
+        inputs = open_task(config)
+    done = train(config, inputs, trainer, sparsity, out, None)
+    found = _found(trainer) | {"done": done}
     if trainer.is_deepspeed_enabled:
         trainer.deepspeed.destroy()
     forget_engine()

@@ -7,6 +7,7 @@ from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.models.prunable import apply_masks, prunable_weights
 from pipeline.sparsity.masks import load_masks, save_masks, unpack_mask
 from pipeline.sparsity.storage import saved_movement
+from pipeline.stages.training import Training
 from tests.distributed.lora_jobs import ADAM, IDS, SGD, cut, stage
 from tests.distributed.workers import run_on_ranks
 from tests.unit.tiny_models import tiny
@@ -69,7 +70,7 @@ def test_one_process_saves_what_it_trained(alone):
     assert (start - found["logits"]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("layout", ["ddp", "zero2", "zero3", "zero3-checkpointing"])
+@pytest.mark.parametrize("layout", ["ddp", "zero2", "zero3", "zero3-checkpointing-measured"])
 def test_two_ranks_train_the_student_of_one(prune, alone, tmp_path, layout):
     expected, expected_out = alone
     ranks = run_on_ranks(2, stage, layout, str(prune), str(tmp_path), SGD, (LAST_STEP,))
@@ -81,6 +82,8 @@ def test_two_ranks_train_the_student_of_one(prune, alone, tmp_path, layout):
             assert (found - wanted).norm() <= 1e-4 * wanted.norm(), name
     assert first["refinements"] == second["refinements"] == expected["refinements"]
     check_saved(first | {"dtype": "float32"}, tmp_path)
+    best = {"step": LAST_STEP, "accuracy": 0.0} if "measured" in layout else None
+    assert first["done"] == second["done"] == Training(LAST_STEP, best)
     movement, wanted = (
         torch.cat([values for _, values in saved_movement(out)]) for out in (tmp_path, expected_out)
     )
