@@ -14,6 +14,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 # Python puts launch/ on the path, not its parent, which holds the packages of a plain clone.
@@ -51,8 +52,8 @@ def environment() -> dict:
     }
 
 
-def measure(arguments: argparse.Namespace) -> dict:
-    """Runs one suite and prints what it found."""
+def measure(arguments: argparse.Namespace, save: Callable[[dict], None]) -> None:
+    """Runs one suite and prints what it found; `save` keeps a result, or a part of one."""
     if arguments.suite == "step":
         from launch.benchmarks import step as suite  # trl takes seconds
 
@@ -64,13 +65,13 @@ def measure(arguments: argparse.Namespace) -> dict:
     elif arguments.suite == "prune":
         from launch.benchmarks import prune as suite
 
-        result = suite.run(arguments.config or CONFIGS / "prune.yaml")
+        result = suite.run(arguments.config or CONFIGS / "prune.yaml", save)
     else:
         from launch.benchmarks import clipping as suite
 
         result = suite.run(arguments.steps)
+    save(result)
     suite.show(result)
-    return result
 
 
 def main() -> int:
@@ -87,12 +88,17 @@ def main() -> int:
     arguments = parser.parse_args()
     output = arguments.output or ROOT / "results" / f"benchmark_{arguments.suite}.json"
     started = time.perf_counter()
+    conditions = {"suite": arguments.suite, **environment()}
+
+    def save(result: dict) -> None:
+        seconds = time.perf_counter() - started
+        write_json(output, {**conditions, **result, "suite_seconds": seconds})
+
     try:
-        result = {"suite": arguments.suite, **environment(), **measure(arguments)}
+        measure(arguments, save)
     except UserError as error:
         print(error, file=sys.stderr)
         return BAD_INPUT
-    write_json(output, {**result, "suite_seconds": time.perf_counter() - started})
     return 0
 
 

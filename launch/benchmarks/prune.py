@@ -7,6 +7,7 @@ timed for all seven matrices together; a factor that matrices share is computed 
 MAMA with ADMM take turns between mask and weights and are timed at fewer sparsities.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,21 +21,28 @@ FORWARD, WANDA, SPARSEGPT = "forward pass alone", "wanda, whole", "sparsegpt"
 ITERATIVE = ("alps", "mama + admm")
 
 
-def run(config: Path) -> dict:
+def run(config: Path, save: Callable[[dict], None]) -> dict:
     """Measures every layer of a YAML file.
+
+    Args:
+        config: The file.
+        save: Gets the result after each layer, so that a long one costs no other when interrupted.
 
     Raises:
         UserError: The file is at fault.
     """
     shapes = load_shapes(config, LayerShapes)
-    measured = {}
+    result = {"layers": {}, "goals": []}
+    measured = result["layers"]
     for name, shape in shapes.layers.items():
         if shape.device == "cuda" and not torch.cuda.is_available():
             measured[name] = {"not_run": "no CUDA device"}
             continue
         measured[name] = measure(shape, shapes)
+        result["goals"] = goals(shapes.layers, measured)
+        save(result)
         print(f"{name}: measured", flush=True)
-    return {"layers": measured, "goals": goals(shapes.layers, measured)}
+    return result
 
 
 def measure(shape: LayerShape, shapes: LayerShapes) -> dict:
