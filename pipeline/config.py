@@ -292,8 +292,8 @@ class RewardsConfig(_Section):
 class MovementConfig(_Section):
     """The record of what training does to each weight."""
 
-    kept: Literal["gradient", "displacement"] = "gradient"
-    """Of kept weights: -g*w, or how far the step moved the weight away from zero."""
+    kept: Literal["gradient", "squared", "displacement"] = "gradient"
+    """Of kept weights: -g*w, (g*w)^2, or how far the step moved the weight away from zero."""
     pruned: Literal["proposed", "negative_gradient"] = "proposed"
     """Of pruned weights: the update the optimizer proposes / learning rate, or -g."""
     half_life_steps: float = Field(100.0, gt=0)

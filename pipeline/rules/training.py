@@ -97,6 +97,7 @@ def engine_faults(config: Config) -> Iterator[Fault]:
             "refine.score",
             "fisher",
             "needs Adam's second moment, which distill.muon_learning_rate leaves out",
-            "set magnitude, or distill.muon_learning_rate: null, instead",
+            "set movement, with movement.kept: squared, which is the same without it, or "
+            "distill.muon_learning_rate: null, instead",
             ("distill.muon_learning_rate",),
         )

@@ -109,6 +109,10 @@ class Chunks:
         """|w|, fp32 (n,), valid until the next call."""
         return torch.abs(weight, out=self._bits.view(torch.float32)[: weight.numel()])
 
+    def product(self, one: Tensor, other: Tensor) -> Tensor:
+        """Elementwise, fp32 (n,), valid until the next call."""
+        return torch.mul(one, other, out=self._bits.view(torch.float32)[: one.numel()])
+
     def load(self, movement: Tensor) -> Tensor:
         """Movement in fp32 (n,): the tensor itself, or a copy in a buffer if it is bf16."""
         if movement.dtype == torch.float32:

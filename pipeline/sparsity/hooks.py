@@ -93,6 +93,8 @@ class SparsityHooks:
             movement.mul_(decay)
             if rule.kept == "gradient":
                 observations.observe_gradient(movement, weight, gradient)
+            elif rule.kept == "squared":
+                observations.observe_squared(movement, chunks.product(gradient, weight))
             else:
                 observations.subtract_magnitude(movement, chunks.magnitude(weight))
             if rule.pruned == "negative_gradient":

@@ -9,7 +9,8 @@ different units and are never ranked against each other. S is set to 0 when a we
 
 The gradient g is the one the optimizer sees: averaged over ranks, unscaled, and clipped by
 c = min(1, max_norm / |g|), where the norm includes the gradients of pruned weights, which do not
-train. A step that is clipped counts c times as much in `gradient` and `negative_gradient`;
+train. A step that is clipped counts c times as much in `gradient` and `negative_gradient`, and c^2
+times in `squared`;
 `displacement` and `proposed` read what the optimizer makes of it, and Adam's update hardly changes
 when all gradients of many steps are scaled alike.
 """
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-KEPT_OBSERVATIONS = ("gradient", "displacement")
+KEPT_OBSERVATIONS = ("gradient", "squared", "displacement")
 PRUNED_OBSERVATIONS = ("proposed", "negative_gradient")
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -46,7 +47,8 @@ class MovementRule:
         for key, known in (("kept", KEPT_OBSERVATIONS), ("pruned", PRUNED_OBSERVATIONS)):
             if getattr(self, key) not in known:
                 raise ValueError(
-                    f"movement.{key}: {getattr(self, key)!r} is unknown; set {' or '.join(known)}"
+                    f"movement.{key}: {getattr(self, key)!r} is unknown; set one of "
+                    + ", ".join(known)
                 )
         if not self.half_life_steps > 0:
             raise ValueError(
@@ -76,6 +78,19 @@ def observe_gradient(movement: Tensor, weight: Tensor, gradient: Tensor) -> None
     adds nothing. All tensors fp32 (n,); in place.
     """
     movement.addcmul_(gradient, weight, value=-1.0)
+
+
+def observe_squared(movement: Tensor, product: Tensor) -> None:
+    """Kept weights, before the update: S += (g w)^2.
+
+    To first order the square of the loss that setting the weight to zero would cost, batch by batch
+    (Molchanov et al. 2019, arXiv 1906.10771, eq. 8), and w^2 times the diagonal of the empirical
+    Fisher matrix, the cost to second order (LeCun et al. 1989, "Optimal Brain Damage"). Unlike the
+    signed sum of `observe_gradient` it stays where a weight has come to rest: there -g*w has mean
+    zero, and its square still says how much the loss depends on the weight. A pruned weight is 0
+    and adds nothing. `product` is g w; both tensors fp32 (n,), in place.
+    """
+    movement.addcmul_(product, product)
 
 
 def subtract_magnitude(movement: Tensor, magnitude: Tensor) -> None:

@@ -1,8 +1,9 @@
 """What a weight is worth when the mask is refined. High = keep.
 
 - `magnitude`: |w| (Han et al. 2015, arXiv 1506.02626).
-- `movement`: the accumulated movement of a kept weight, by default -g*w, positive when training
-  moves it away from zero (Sanh et al. 2020, arXiv 2005.07683, section 4).
+- `movement`: the accumulated movement of a kept weight. -g*w is positive when training moves it
+  away from zero (Sanh et al. 2020, arXiv 2005.07683, section 4); (g*w)^2 is large where the loss
+  depends on it, as `fisher`, with any optimizer and a horizon of its own.
 - `fisher`: w^2 v, with Adam's second moment v for the diagonal of the Fisher matrix, as ELSA
   weights its projection (arXiv 2510.01650): the loss that pruning costs to second order (LeCun et
   al. 1989, "Optimal Brain Damage"). Ranked by its root |w| sqrt(v), which is in the same order and

@@ -58,6 +58,7 @@ def textbook(optimizer, kept_kind, pruned_kind):
             w = rule.update(w, g)
             seen = {
                 "gradient": -g * before,
+                "squared": (g * before) ** 2,
                 "displacement": abs(w) - abs(before),
                 "proposed": (w - before) / LR,
                 "negative_gradient": -g,
@@ -176,6 +177,7 @@ def test_minus_g_times_w_is_the_gradient_of_a_mask_score():
     ("kept", "pruned", "factors"),
     [
         ("gradient", "negative_gradient", (0.25, 0.25)),
+        ("squared", "negative_gradient", (0.0625, 0.25)),
         ("displacement", "proposed", (1.0, 1.0)),
     ],
 )

@@ -32,8 +32,8 @@ def test_an_observation_counts_half_after_the_half_life():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"kept": "weight"}, "movement.kept: 'weight' is unknown; set gradient or displacement"),
-        ({"pruned": "gradient"}, "movement.pruned: 'gradient' is unknown; set proposed or neg"),
+        ({"kept": "weight"}, "movement.kept: 'weight' is unknown; set one of gradient, sq"),
+        ({"pruned": "gradient"}, "movement.pruned: 'gradient' is unknown; set one of proposed, n"),
         ({"half_life_steps": 0.0}, "movement.half_life_steps: 0.0 forgets"),
         ({"half_life_steps": float("nan")}, "movement.half_life_steps: nan"),
         ({"dtype": torch.float16}, "movement.dtype: torch.float16; set float32 or bfloat16"),
