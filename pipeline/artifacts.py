@@ -141,7 +141,7 @@ class RunFolder:
         write_json(self.stage(name) / RECORD_FILE, record)
 
     def move_to_old(self, names: list[str]) -> Path:
-        """Moves the folders of stages to `old/<time>/`, where nothing is ever overwritten."""
+        """Moves folders of stages, or inside them, to `old/<time>/`, overwriting nothing."""
         stamp = time.strftime("%Y%m%d-%H%M%S")
         target, count = self.root / "old" / stamp, 1
         while target.exists():
@@ -149,6 +149,7 @@ class RunFolder:
         target.mkdir(parents=True)
         for name in names:
             if self.stage(name).exists():
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(self.stage(name), target / name)
         return target
 

@@ -110,6 +110,9 @@ class RunConfig(_Section):
     ] = Field(["prune", "distill", "grpo", "evaluate"], min_length=1)
     """Stages to run, in this order; `--stages a,b` is short for it; on_policy, between distill and
     grpo, runs where it is named; sweep runs alone."""
+    save_minutes: float | None = Field(None, gt=0)
+    """Save a checkpoint of a training stage when the last one is this old, besides every save_steps
+    optimizer steps; null saves by steps only."""
 
 
 class StudentConfig(_Section):

@@ -27,6 +27,16 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_local_main() -> bool:
+    """Whether this is the first rank of its machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def rank() -> int:
+    """The number of this rank, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def world_size() -> int:
     """How many ranks the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -81,6 +91,15 @@ def gather_from_all(value: Result) -> list[Result]:
     values: list = [None] * world_size()
     dist.all_gather_object(values, value, group=_waiting_group())
     return values
+
+
+def any_rank(*flags: bool) -> list[bool]:
+    """Of each flag, whether it is set on any rank. Every rank calls it; cheap enough a step."""
+    if world_size() == 1:
+        return list(flags)
+    counts = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(counts, group=_waiting_group())
+    return [bool(count) for count in counts]
 
 
 def wait_for_all() -> None:

@@ -39,7 +39,6 @@ from pipeline.stages import distill, evaluate, grpo, on_policy, prune, sweep
 from pipeline.stages.inputs import TaskInputs, check_teacher, model_fingerprint, open_task
 from pipeline.stages.training import end_step, max_steps, refining_stages
 from pipeline.training.arguments import check_trl_values
-from pipeline.training.checkpoint import MARKER_FILE
 
 ON_RANK_0 = {"prune": prune.run, "evaluate": evaluate.run, "sweep": sweep.run}
 ON_EVERY_RANK = {"distill": distill.run, "on_policy": on_policy.run, "grpo": grpo.run}
@@ -258,7 +257,7 @@ def _checkpoint(folder: RunFolder, resume: str) -> Path | None:
     """The checkpoint that `--resume PATH` names.
 
     Raises:
-        UserError: It is not a whole checkpoint of an unfinished stage of this run.
+        UserError: It is not a folder of an unfinished stage of this run.
     """
     if resume in ("auto", "redo", "never"):
         return None
@@ -269,8 +268,6 @@ def _checkpoint(folder: RunFolder, resume: str) -> Path | None:
             f"--resume: {resume!r} is not a checkpoint of this run; set a folder such as "
             f"{folder.stage('grpo') / 'checkpoint-100'}"
         )
-    if not (path / MARKER_FILE).exists():
-        raise UserError(f"--resume: {resume!r} is not a whole checkpoint; set --resume auto")
     if folder.is_done(stage):
         raise UserError(f"--resume: {stage} is done in {folder.root}; set --resume auto or redo")
     return path

@@ -26,11 +26,17 @@ from pipeline.sparsity.storage import save_state
 from pipeline.stages.inputs import TaskInputs, save_model
 from pipeline.training.arguments import forget_deepspeed
 from pipeline.training.best_student import adopt_best, read_best
-from pipeline.training.checkpoint import check_layout, newest_whole_checkpoint
+from pipeline.training.checkpoint import (
+    check_layout,
+    check_whole,
+    later_checkpoints,
+    newest_whole_checkpoint,
+)
 from pipeline.training.heldout import HeldoutCallback
 from pipeline.training.lora import LoraSparsityCallback
 from pipeline.training.probe import Probe, ProbePrompt
 from pipeline.training.sparse_trainer import Sparsity, SparsityCallback, layout_of
+from pipeline.training.step_agreement import StepAgreement
 from pipeline.training.verified_refinement import Verification
 
 REFINEMENTS_FILE = "refinements.json"
@@ -184,13 +190,18 @@ def train(
         out: The stage's folder.
         checkpoint: Resume from this one; None takes the newest whole one, if any.
     """
-    checkpoint = checkpoint or newest_whole_checkpoint(out)
+    if checkpoint is None:
+        checkpoint = newest_whole_checkpoint(out)
+    else:
+        check_whole(checkpoint)
+        on_main(lambda: _set_later_aside(RunFolder(out.parent), checkpoint))
     if checkpoint is not None:
         check_layout(checkpoint, layout_of(trainer))
         logger.info("%s: resuming from %s", sparsity.stage, checkpoint)
         sparsity.resume(checkpoint)
     adapted = lora_layers(trainer.accelerator.unwrap_model(trainer.model))
     trainer.add_sparsity(sparsity, LoraSparsityCallback if adapted else SparsityCallback)
+    trainer.add_callback(StepAgreement(config.run.save_minutes))
     heldout = _heldout(config, inputs, trainer, out)
     if heldout is not None:
         heldout.resume(checkpoint)
@@ -207,6 +218,14 @@ def train(
     wait_for_all()
     forget_deepspeed()
     return Training(trainer.state.global_step, best)
+
+
+def _set_later_aside(folder: RunFolder, checkpoint: Path) -> None:
+    """Moves later checkpoints to `old/`: the next start would go on from them instead."""
+    later = later_checkpoints(checkpoint)
+    if later:
+        names = [f"{path.parent.name}/{path.name}" for path in later]
+        logger.info("moved %s to %s", ", ".join(names), folder.move_to_old(names))
 
 
 def _heldout(

@@ -1,57 +1,136 @@
-"""Whole checkpoints: a folder counts only when its last file, the marker, is there.
+"""Whole checkpoints: written beside, flushed, listed in a manifest, renamed, and then rotated.
 
-transformers writes `checkpoint-N/` in place, so a crash can leave a part of one. Our marker is
-written after everything else; a folder without it is named, left in place and never resumed from.
+transformers writes the parts of `checkpoint-N/` one after the other, and deletes older checkpoints
+before ours is whole. So it is given `_saving/checkpoint-N/` to write to, where it finds nothing to
+delete. The rename comes after the last byte has reached the disk (`manifest.py`), rotation last.
+A crash or a full disk at any point leaves all earlier checkpoints as they were.
+
+Resuming takes the newest checkpoint all of whose files have the size and checksum of the manifest.
+A broken one is named and left in place, also by rotation, until its step is saved again. Those
+written before there were manifests count as broken too: a stage that has only such begins anew.
 """
 
+import errno
 import json
 import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from pipeline.artifacts import MASK_FILE, write_json
 from pipeline.errors import UserError
-from pipeline.ranks import is_main, wait_for_all
+from pipeline.ranks import is_main, on_main, wait_for_all
 from pipeline.sparsity.masks import load_masks
 from pipeline.sparsity.shards import ShardedWeights
 from pipeline.sparsity.state import SparsityState
 from pipeline.sparsity.storage import FILE_PATTERN, load_state, save_state
+from pipeline.training.manifest import find_fault, flush, quick_fault, write_manifest
 
-MARKER_FILE = "sparsity.json"
+STATE_FILE = "sparsity.json"
+TEMPORARY = "_saving"
+PREFIX = "checkpoint-"
+SPACE_LEFT = 1 << 20
+"""Bytes; torch names no reason when a write fails, so with less than this it was the space."""
 
 logger = logging.getLogger(__name__)
 
 
-def begin_checkpoint(checkpoint: Path) -> None:
-    """Takes the marker of an older checkpoint of the same step away. Every rank calls it."""
+@contextmanager
+def new_checkpoint(stage: Path, step: int, limit: int | None) -> Iterator[Path]:
+    """Gives a folder that becomes `checkpoint-N/` when the block ends. Every rank calls it.
+
+    Args:
+        stage: The stage's folder.
+        step: N, optimizer steps so far.
+        limit: Checkpoints kept, this one included; None keeps all.
+
+    Raises:
+        UserError: The disk is full. Nothing but the new checkpoint is lost.
+    """
+    folder = stage / TEMPORARY / f"{PREFIX}{step}"
+    try:
+        if is_main():
+            shutil.rmtree(folder.parent, ignore_errors=True)
+            folder.mkdir(parents=True)
+        wait_for_all()
+        yield folder
+        wait_for_all()
+        write_manifest(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _is_full(error, stage):
+            raise
+        free = shutil.disk_usage(stage).free
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        message = (
+            f"--output_dir: {stage}: no space left for {folder.name} ({free:,} bytes are free); "
+            "earlier checkpoints are whole; make room and run the same command again to go on"
+        )
+        if not is_main():  # rank 0 may wait for this one until the launcher ends it
+            logger.error("error: %s", message)
+        raise UserError(message) from error
     if is_main():
-        (checkpoint / MARKER_FILE).unlink(missing_ok=True)
+        _put_in_place(folder, stage / folder.name)
+        _rotate(stage, step, limit)
     wait_for_all()
 
 
-def finish_checkpoint(
+def _put_in_place(folder: Path, target: Path) -> None:
+    """Renames; a broken checkpoint of the same step makes way."""
+    if target.exists():
+        os.replace(target, folder.with_name("replaced"))
+    os.replace(folder, target)
+    flush(target.parent)
+    shutil.rmtree(folder.parent)
+
+
+def _rotate(stage: Path, step: int, limit: int | None) -> None:
+    """Deletes the oldest checkpoints up to this step, as long as `limit` whole ones stay.
+
+    Renamed first, so that one half deleted is not met as a broken one.
+    """
+    if not limit:
+        return
+    earlier = [path for path in _checkpoints(stage) if _step(path) <= step]
+    for path in [path for path in earlier if quick_fault(path) is None][limit:]:
+        (stage / TEMPORARY).mkdir(exist_ok=True)
+        os.replace(path, stage / TEMPORARY / path.name)
+    shutil.rmtree(stage / TEMPORARY, ignore_errors=True)
+
+
+def _is_full(error: BaseException | None, stage: Path) -> bool:
+    """Whether writing failed for want of space, or of quota."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    if any(f"os error {code}" in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
+        return True
+    return "inline_container" in str(error) and shutil.disk_usage(stage).free < SPACE_LEFT
+
+
+def add_sparsity(
     checkpoint: Path,
     state: SparsityState,
     weights: ShardedWeights,
     refinements: list[dict[str, Any]],
     layout: dict[str, Any],
 ) -> None:
-    """Adds masks, movement and, last, the marker to what transformers wrote. Every rank calls it.
+    """Adds masks and movement to what transformers wrote. Every rank calls it.
 
     Args:
-        checkpoint: `checkpoint-N/`.
+        checkpoint: What `new_checkpoint` gave.
         state: Masks and movement of this rank's shards.
         weights: The shards.
         refinements: What each refinement of this stage did so far.
         layout: How the optimizer's state is cut, see `check_layout`.
     """
     save_state(checkpoint, state, weights)
-    wait_for_all()
     if is_main():
-        write_json(checkpoint / MARKER_FILE, {"refinements": refinements, "layout": layout})
-    wait_for_all()
+        write_json(checkpoint / STATE_FILE, {"refinements": refinements, "layout": layout})
 
 
 def check_layout(checkpoint: Path, layout: dict[str, Any]) -> None:
@@ -67,7 +146,7 @@ def check_layout(checkpoint: Path, layout: dict[str, Any]) -> None:
     Raises:
         UserError: They differ.
     """
-    saved = json.loads((checkpoint / MARKER_FILE).read_text())["layout"]
+    saved = json.loads((checkpoint / STATE_FILE).read_text())["layout"]
     if saved == layout or saved["engine"] == layout["engine"] == "plain":
         return
     then, now = (f"{lay['engine']} on {lay['world_size']} ranks" for lay in (saved, layout))
@@ -98,19 +177,44 @@ def load_sparsity(
 
 
 def load_refinements(checkpoint: Path) -> list[dict[str, Any]]:
-    """The refinements that `finish_checkpoint` noted."""
-    return json.loads((checkpoint / MARKER_FILE).read_text())["refinements"]
+    """The refinements that `add_sparsity` noted."""
+    return json.loads((checkpoint / STATE_FILE).read_text())["refinements"]
 
 
-def newest_whole_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint with the highest step that was written to its end, or None."""
-    checkpoints = sorted(
-        (path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()),
-        key=lambda path: int(path.name[11:]),
-        reverse=True,
-    )
-    for checkpoint in checkpoints:
-        if (checkpoint / MARKER_FILE).exists():
+def newest_whole_checkpoint(stage: Path) -> Path | None:
+    """The whole checkpoint with the highest step, or None. Every rank calls it."""
+    found = on_main(lambda: _checkpoints(stage))
+    for checkpoint in found:
+        fault = find_fault(checkpoint)
+        if fault is None:
             return checkpoint
-        logger.warning("%s is not whole (interrupted while saving); left in place", checkpoint)
+        logger.warning("%s is not whole (%s); left in place", checkpoint, fault)
+    if found:
+        logger.warning("%s has no whole checkpoint; the stage begins anew", stage)
     return None
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Reads all of a checkpoint that was asked for. Every rank calls it.
+
+    Raises:
+        UserError: It is broken.
+    """
+    fault = find_fault(checkpoint)
+    if fault is not None:
+        raise UserError(f"--resume: {checkpoint} is not whole ({fault}); set --resume auto")
+
+
+def later_checkpoints(checkpoint: Path) -> list[Path]:
+    """Those of the same stage with a higher step, whole or not."""
+    return [path for path in _checkpoints(checkpoint.parent) if _step(path) > _step(checkpoint)]
+
+
+def _checkpoints(stage: Path) -> list[Path]:
+    """Whole or not, the newest first."""
+    found = [path for path in stage.glob(f"{PREFIX}*") if path.name[len(PREFIX) :].isdigit()]
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name[len(PREFIX) :])

