@@ -39,6 +39,7 @@ from pipeline.stages import distill, evaluate, grpo, on_policy, prune, sweep
 from pipeline.stages.inputs import TaskInputs, check_teacher, model_fingerprint, open_task
 from pipeline.stages.training import end_step, max_steps, refining_stages
 from pipeline.training.arguments import check_trl_values
+from pipeline.training.safe_loading import force_safe_loading
 
 ON_RANK_0 = {"prune": prune.run, "evaluate": evaluate.run, "sweep": sweep.run}
 ON_EVERY_RANK = {"distill": distill.run, "on_policy": on_policy.run, "grpo": grpo.run}
@@ -98,6 +99,7 @@ def run(config: Config, *, output_dir: Path, resume: str = "auto") -> None:
         UserError: Bad input, or a folder whose stages were made by another config.
     """
     _quiet_libraries()
+    force_safe_loading()
     check_trl_values(config)
     inputs = open_inputs(config)
     join_ranks()

@@ -35,6 +35,7 @@ from pipeline.training.checkpoint import (
 from pipeline.training.heldout import HeldoutCallback
 from pipeline.training.lora import LoraSparsityCallback
 from pipeline.training.probe import Probe, ProbePrompt
+from pipeline.training.safe_loading import allow_deepspeed, refuse_code
 from pipeline.training.sparse_trainer import Sparsity, SparsityCallback, layout_of
 from pipeline.training.step_agreement import StepAgreement
 from pipeline.training.verified_refinement import Verification
@@ -197,6 +198,9 @@ def train(
         on_main(lambda: _set_later_aside(RunFolder(out.parent), checkpoint))
     if checkpoint is not None:
         check_layout(checkpoint, layout_of(trainer))
+        if trainer.is_deepspeed_enabled:
+            allow_deepspeed()
+        on_main(lambda: refuse_code(checkpoint))
         logger.info("%s: resuming from %s", sparsity.stage, checkpoint)
         sparsity.resume(checkpoint)
     adapted = lora_layers(trainer.accelerator.unwrap_model(trainer.model))

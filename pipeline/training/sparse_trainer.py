@@ -32,6 +32,7 @@ from pipeline.training.checkpoint import (
 )
 from pipeline.training.heldout import HeldoutCallback
 from pipeline.training.progress import StageProgress
+from pipeline.training.safe_loading import allow_deepspeed, force_safe_loading
 from pipeline.training.skipped_steps import SkippedSteps
 from pipeline.training.verified_refinement import Verification, VerifiedRefinement
 
@@ -258,6 +259,9 @@ class SparseTrainer:
 
     def train(self, *args, **kwargs):
         """Trains; whatever ends it, the next message starts on a line of its own."""
+        force_safe_loading()
+        if self.is_deepspeed_enabled:
+            allow_deepspeed()
         try:
             return super().train(*args, **kwargs)
         finally:
