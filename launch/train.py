@@ -2,8 +2,9 @@
 
     accelerate launch launch/train.py --config configs/quickstart.yaml --prune.sparsity 0.7
 
-Exit status: 0 done; 2 bad input, with one message and no traceback; 1 anything else. Neither torch
-nor trl is imported before the config is known to be good, so `--help` and mistakes show at once.
+Exit status: 0 done; 2 bad input, with one message and no traceback; 75 stopped by a signal after
+saving, the same command goes on; 1 anything else. Neither torch nor trl is imported before the
+config is known to be good, so `--help` and mistakes show at once.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from pipeline.config_keys import describe_keys, nearest_keys
 from pipeline.config_loading import load_config, to_yaml
 from pipeline.config_yaml import YamlError, parse_yaml
 from pipeline.errors import UserError
+from pipeline.stopping import STATUS, Stopped, listening
 
 OPTIONS = ("--config", "--output_dir", "--stages", "--resume", "--print_config", "--help")
 RESUME_WORDS = ("auto", "redo", "never")
@@ -54,10 +56,13 @@ def main(argv: list[str] | None = None) -> int:
         argv: Arguments without the program's name; None reads the process's own.
 
     Returns:
-        The exit status: 0, or 2 when the user has something to mend.
+        The exit status: 0, 2 when the user has something to mend, or 75 when a signal stopped it.
     """
     try:
-        _run(sys.argv[1:] if argv is None else argv)
+        with listening():
+            _run(sys.argv[1:] if argv is None else argv)
+    except Stopped:
+        return STATUS
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # set by the launcher: one rank speaks for all
             print(f"error: {error}", file=sys.stderr)

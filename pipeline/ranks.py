@@ -15,6 +15,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from pipeline.errors import UserError
+from pipeline.stopping import Stopped, acting, requested
 
 LONGEST_WAIT = timedelta(days=30)
 """A stage on rank 0 may take hours; the libraries' limits are for collectives of seconds."""
@@ -57,20 +58,36 @@ def on_main(function: Callable[[], Result]) -> Result:
     Raises:
         UserError: On every rank, when rank 0 raised it. Anything else ends rank 0, and the launcher
             ends the others.
+        Stopped: Likewise.
     """
     if world_size() == 1:
         return function()
-    outcome: list = [None, None]
+    outcome: list = [None, None, None]
     if is_main():
         try:
-            outcome[0] = function()
+            with acting(alone=True):
+                outcome[0] = function()
         except UserError as error:
             outcome[1] = str(error)
+        except Stopped as stop:
+            outcome[2] = str(stop)
     dist.broadcast_object_list(outcome, src=0, group=_waiting_group())
-    result, message = outcome
+    result, message, stopped = outcome
     if message is not None:
         raise UserError(message)
+    if stopped is not None:
+        raise Stopped(stopped)
     return result
+
+
+def stop_together() -> None:
+    """Stops every rank when one was asked to, and all may. Every rank calls it.
+
+    Raises:
+        Stopped: One was.
+    """
+    if any_rank(requested() is not None)[0]:
+        raise Stopped(requested() or "another rank")
 
 
 def raise_together(error: Exception | None) -> None:

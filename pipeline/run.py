@@ -34,10 +34,11 @@ from pipeline.config import Config
 from pipeline.config_loading import to_yaml
 from pipeline.errors import UserError
 from pipeline.models.loading import resolve_model
-from pipeline.ranks import is_main, join_ranks, on_main
+from pipeline.ranks import is_main, join_ranks, on_main, stop_together, world_size
 from pipeline.stages import distill, evaluate, grpo, on_policy, prune, sweep
 from pipeline.stages.inputs import TaskInputs, check_teacher, model_fingerprint, open_task
 from pipeline.stages.training import end_step, max_steps, refining_stages
+from pipeline.stopping import STATUS, Stopped, acting
 from pipeline.training.arguments import check_trl_values
 from pipeline.training.safe_loading import force_safe_loading
 
@@ -97,6 +98,7 @@ def run(config: Config, *, output_dir: Path, resume: str = "auto") -> None:
 
     Raises:
         UserError: Bad input, or a folder whose stages were made by another config.
+        Stopped: A signal asked for it; the run folder is as a resumed run needs it.
     """
     _quiet_libraries()
     force_safe_loading()
@@ -107,12 +109,19 @@ def run(config: Config, *, output_dir: Path, resume: str = "auto") -> None:
     _log_to(folder.root / "log")
     status = 1
     try:
-        checkpoint = _checkpoint(folder, resume)
-        on_main(partial(_settle, config, folder, resume))
-        _run_stages(config, folder, inputs, checkpoint)
+        if is_main():
+            (folder.root / "exit_status").unlink(missing_ok=True)
+        with acting(alone=world_size() == 1):
+            checkpoint = _checkpoint(folder, resume)
+            on_main(partial(_settle, config, folder, resume))
+            _run_stages(config, folder, inputs, checkpoint)
         status = 0
     except UserError:
         status = 2
+        raise
+    except Stopped as stop:
+        status = STATUS
+        logger.info("stopped by %s; run the same command again to go on", stop)
         raise
     finally:
         if is_main():
@@ -126,6 +135,7 @@ def _run_stages(
     if is_main():
         write_text(folder.root / "config.yaml", to_yaml(config))
     for stage in config.run.stages:
+        stop_together()
         if on_main(partial(_is_current, stage, config, folder)):
             logger.info("%s: done before, skipped", stage)
             continue

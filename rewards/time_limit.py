@@ -214,7 +214,13 @@ def _end(process: subprocess.Popen, connection: socket.socket, owner: int) -> No
 
 
 def serve() -> None:
-    """The keeper: load the function that the first line names, keep one worker, until the end."""
+    """The keeper: load the function that the first line names, keep one worker, until the end.
+
+    A signal to the whole job is for the caller, who ends this; an answer must not count as wrong
+    because of it.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     connection = socket.socket(fileno=os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.stdout.reconfigure(line_buffering=True)

@@ -24,6 +24,7 @@ from pipeline.sparsity.refine import RefinementRule
 from pipeline.sparsity.schedule import RefinementSchedule
 from pipeline.sparsity.storage import save_state
 from pipeline.stages.inputs import TaskInputs, save_model
+from pipeline.stopping import Stopped, held, requested
 from pipeline.training.arguments import forget_deepspeed
 from pipeline.training.best_student import adopt_best, read_best
 from pipeline.training.checkpoint import (
@@ -190,6 +191,9 @@ def train(
         sparsity: Masks of the stage before; replaced by the checkpoint's on resume.
         out: The stage's folder.
         checkpoint: Resume from this one; None takes the newest whole one, if any.
+
+    Raises:
+        Stopped: A signal asked for it; a checkpoint of the last step is there.
     """
     if checkpoint is None:
         checkpoint = newest_whole_checkpoint(out)
@@ -205,12 +209,26 @@ def train(
         sparsity.resume(checkpoint)
     adapted = lora_layers(trainer.accelerator.unwrap_model(trainer.model))
     trainer.add_sparsity(sparsity, LoraSparsityCallback if adapted else SparsityCallback)
-    trainer.add_callback(StepAgreement(config.run.save_minutes))
+    agreement = StepAgreement(config.run.save_minutes)
+    trainer.add_callback(agreement)
     heldout = _heldout(config, inputs, trainer, out)
     if heldout is not None:
         heldout.resume(checkpoint)
         trainer.add_heldout(heldout)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with held():
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if agreement.stops:
+            logger.info("%s: saved after step %d", sparsity.stage, trainer.state.global_step)
+            raise Stopped(requested() or "another rank")
+        best = _leave_student(trainer, sparsity, heldout, out)
+    forget_deepspeed()
+    return Training(trainer.state.global_step, best)
+
+
+def _leave_student(
+    trainer: Trainer, sparsity: Sparsity, heldout: HeldoutCallback | None, out: Path
+) -> dict[str, Any] | None:
+    """Writes what the stage leaves. Returns `step` and `accuracy` of the best student, if any."""
     best = None if heldout is None else on_main(lambda: read_best(out))
     if best is None:
         save_student(trainer, out)
@@ -220,8 +238,7 @@ def train(
         write_json(out / REFINEMENTS_FILE, sparsity.refinements)
         write_json(out / "log_history.json", [_finite(logs) for logs in trainer.state.log_history])
     wait_for_all()
-    forget_deepspeed()
-    return Training(trainer.state.global_step, best)
+    return best
 
 
 def _set_later_aside(folder: RunFolder, checkpoint: Path) -> None:

@@ -30,7 +30,7 @@ LEVELS = (  # imports run downwards only; rooms on one level do not know each ot
         "pipeline.ranks",
         "rewards",
     ),
-    ("pipeline.errors",),
+    ("pipeline.errors", "pipeline.stopping"),
 )
 SAME_ROOM = {  # files of pipeline/ that belong to the room of config.py
     f"pipeline.{name}": "pipeline.config"
@@ -56,6 +56,7 @@ MAY_IMPORT = {  # room: all it may import from other people
     "pipeline.sparsity": {"torch", "safetensors", "deepspeed"},
     "rewards": {"torch", "math_verify"},
     "pipeline.errors": set(),
+    "pipeline.stopping": set(),
     "pipeline.config": {"annotated_types", "pydantic", "pydantic_core", "yaml"},
     "pipeline.artifacts": set(),
     "pipeline.ranks": {"torch", "accelerate"},
