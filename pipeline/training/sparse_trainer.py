@@ -30,6 +30,7 @@ from pipeline.training.checkpoint import (
     load_sparsity,
     new_checkpoint,
 )
+from pipeline.training.exact_resume import load_buffer, repeat_draws, save_buffer
 from pipeline.training.heldout import HeldoutCallback
 from pipeline.training.progress import StageProgress
 from pipeline.training.safe_loading import allow_deepspeed, force_safe_loading
@@ -257,20 +258,28 @@ class SparseTrainer:
         self.heldout = heldout
         self.add_callback(heldout)
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Trains; whatever ends it, the next message starts on a line of its own."""
         force_safe_loading()
         if self.is_deepspeed_enabled:
             allow_deepspeed()
+        if resume_from_checkpoint is not None:
+            load_buffer(self, Path(resume_from_checkpoint))
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, **kwargs)
         finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, StageProgress):
                     callback.close()
 
+    def _get_train_sampler(self, *args, **kwargs):
+        self._train_sampler = super()._get_train_sampler(*args, **kwargs)
+        return self._train_sampler
+
     def _run_epoch(self, *args, **kwargs):
         """Nothing after a stage's last checkpoint, where transformers takes one more step."""
+        if kwargs["resume_from_checkpoint"] and kwargs["epoch"] == kwargs["epochs_trained"]:
+            repeat_draws(self._train_sampler, kwargs["epochs_trained"])
         has_ended = self.state.global_step >= self.state.max_steps
         if has_ended or (self.heldout is not None and self.heldout.is_over):
             self.control.should_training_stop = True
@@ -304,6 +313,7 @@ class SparseTrainer:
                 self._saving_in, self.args.push_to_hub = None, push
             if self.heldout is not None:
                 self.heldout.keep(folder)
+            save_buffer(self, folder)
             callback = self.sparsity
             callback.save(folder)
             add_sparsity(

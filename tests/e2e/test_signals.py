@@ -18,7 +18,10 @@ def test_a_run_stopped_in_each_stage_ends_with_75_and_then_as_an_undisturbed_one
     out = tmp_path / "run"
     for message, number in STOPS:
         process = subprocess.Popen(
-            [sys.executable, *command("configs/quickstart.yaml", out)[4:]],  # SIGTERM ends accelerate
+            [
+                sys.executable,
+                *command("configs/quickstart.yaml", out)[3:],
+            ],  # SIGTERM ends accelerate
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

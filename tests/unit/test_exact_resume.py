@@ -1,0 +1,24 @@
+"""A run stopped after a step and resumed is the straight one, bit for bit."""
+
+import pytest
+
+from tests.unit.resumable_runs import STAGES, differences, run
+
+STOPS = (1, 4, 6)
+"""Inside a pass over the data, at the end of one, after one; of grpo inside a generation batch too."""
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_resumed_after_a_step_is_the_straight_one(stage, tmp_path):
+    straight = run(stage, tmp_path / "straight", tmp_path / "prune", save_strategy="no")
+    saved = run(stage, tmp_path / "saved", tmp_path / "prune")
+    assert differences(straight, saved) == [], "saving changes nothing"
+    assert len({step["step"] for step in straight[1]}) > 3
+    found = {}
+    for step in STOPS:
+        checkpoint = tmp_path / "saved" / f"checkpoint-{step}"
+        resumed = run(
+            stage, tmp_path / f"{step}", tmp_path / "prune", checkpoint, save_strategy="no"
+        )
+        found[step] = differences(straight, resumed)
+    assert {step: names for step, names in found.items() if names} == {}
