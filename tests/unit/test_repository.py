@@ -17,7 +17,12 @@ from pipeline.config_loading import load_config
 
 ROOT = Path(__file__).parents[2]
 
-NUM_CONFIGS = {"configs": 6, "configs/accelerate": 5, "configs/benchmark": 2}
+NUM_CONFIGS = {
+    "configs": 7,
+    "configs/accelerate": 5,
+    "configs/benchmark": 2,
+    "configs/grid": 1,
+}
 
 MACHINE_PATH = re.compile(r"(?<![\w.~}*<-])/(?:home|root|Users|work|opt|tmp|scratch|public)/\w")
 
