@@ -8,7 +8,8 @@ was cut off goes on where it was. `grid.json` holds all cells in the form of a s
 `launch/results.py` makes tables. `OMP_NUM_THREADS` sets the threads of each run.
 
 `recovered` of a cell is the student at the end of its run and `pruned` the one-shot student. Its
-sparsity is measured in weights of the dense model, so that a smaller dense one has its place too.
+sparsity is what it has fewer weights than the teacher, all of them counted, over the teacher's
+prunable ones: for a sparse student its fraction of zeros, and a smaller dense one has a place too.
 """
 
 import argparse
@@ -139,7 +140,7 @@ def measure(cell: CellPlan) -> dict[str, Any]:
         "prune": {},
         "sparsity": cell.level,
         "seed": cell.seed,
-        "measured_sparsity": _sparsity_of_dense(RunFolder.open(cell.folder)),
+        "measured_sparsity": _sparsity(RunFolder.open(cell.folder)),
         "pruned": _model(report, "pruned"),
         "recovered": _model(report, "student"),
         "timing": report["timing"],
@@ -154,8 +155,11 @@ def _model(report: dict[str, Any], name: str) -> dict[str, float | None]:
     return {key: value for key, value in found.items() if value is not None or key == "kl"}
 
 
-def _sparsity_of_dense(folder: RunFolder) -> float:
-    """1 - weights the student keeps / prunable weights of the teacher."""
+def _sparsity(folder: RunFolder) -> float:
+    """(weights of the teacher - non-zero weights of the student) / prunable ones of the teacher.
+
+    Weights outside the prunable ones count whatever they are.
+    """
     from transformers.utils.logging import disable_progress_bar  # it and torch take seconds
 
     from pipeline.config_loading import load_config
@@ -164,13 +168,13 @@ def _sparsity_of_dense(folder: RunFolder) -> float:
     from pipeline.stages.inputs import stage_before
 
     disable_progress_bar()
-    teacher = load_config(folder.root / "config.yaml", {}).teacher.path
-    student = str(folder.stage(stage_before(folder, "evaluate")) / "model")
-    kept, dense = (
-        sum(int(weight.count_nonzero()) for weight in prunable_weights(load_model(path)).values())
-        for path in (student, teacher)
-    )
-    return 1.0 - kept / dense
+    last = folder.stage(stage_before(folder, "evaluate")) / "model"
+    student = load_model(str(last))
+    teacher = load_model(load_config(folder.root / "config.yaml", {}).teacher.path)
+    all_weights = [sum(p.numel() for p in model.parameters()) for model in (teacher, student)]
+    zeros = sum(int((weight == 0).sum()) for weight in prunable_weights(student).values())
+    prunable = sum(weight.numel() for weight in prunable_weights(teacher).values())
+    return (all_weights[0] - (all_weights[1] - zeros)) / prunable
 
 
 def _summary(measured: dict[str, Any]) -> str:

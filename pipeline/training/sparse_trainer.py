@@ -31,6 +31,7 @@ from pipeline.training.checkpoint import (
     load_sparsity,
 )
 from pipeline.training.heldout import HeldoutCallback
+from pipeline.training.muon import MuonAdamW
 from pipeline.training.progress import StageProgress
 from pipeline.training.skipped_steps import SkippedSteps
 from pipeline.training.verified_refinement import Verification, VerifiedRefinement
@@ -148,7 +149,12 @@ class SparsityCallback(TrainerCallback):
 
     def bind(self) -> None:
         """Puts the hooks on the optimizer."""
-        self.hooks = SparsityHooks(self.weights, self.state, self.sparsity.movement)
+        self.hooks = SparsityHooks(
+            self.weights,
+            self.state,
+            self.sparsity.movement,
+            zero_pruned_gradients=isinstance(self.weights.optimizer, MuonAdamW),
+        )
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Tells the hooks which step comes, from 1."""
