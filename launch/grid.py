@@ -4,8 +4,9 @@
 
 A cell is `launch/train.py` with the keys of its row, in a run folder of its own, and then a small
 JSON file under `cells/`. A cell that is there is kept as long as its command is the same; one that
-was cut off goes on where it was. `grid.json` holds all cells in the form of a sweep, from which
-`launch/results.py` makes tables. `OMP_NUM_THREADS` sets the threads of each run.
+was cut off goes on where it was, and `--known` takes cells from the `grid.json` of another machine.
+That file holds all cells in the form of a sweep, from which `launch/results.py` makes tables.
+`OMP_NUM_THREADS` sets the threads of each run.
 
 `recovered` of a cell is the student at the end of its run and `pruned` the one-shot student. Its
 sparsity is what it has fewer weights than the teacher, all of them counted, over the teacher's
@@ -110,6 +111,20 @@ def is_measured(cell: CellPlan) -> bool:
     return path.exists() and json.loads(path.read_text())["command"] == cell.arguments
 
 
+def take_known(cells: list[CellPlan], known: Path) -> None:
+    """Writes the files of cells that stand in a `grid.json`, where the command is the same.
+
+    Raises:
+        UserError: There is no such file.
+    """
+    if not known.exists():
+        raise UserError(f"--known: {known}: no such file; set a grid.json, or leave it out")
+    found = {tuple(cell["command"]): cell for cell in json.loads(known.read_text())["cells"]}
+    for cell in cells:
+        if tuple(cell.arguments) in found and not is_measured(cell):
+            write_json(cell.result, found[tuple(cell.arguments)])
+
+
 def run_cell(grid: Grid, cell: CellPlan) -> None:
     """Runs a cell, up to its report.
 
@@ -200,12 +215,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", type=Path, required=True, help="a file of configs/grid/")
     parser.add_argument("--output_dir", type=Path, required=True, help="of runs, cells and logs")
+    parser.add_argument("--known", type=Path, help="a grid.json whose cells need not be run again")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     arguments = parser.parse_args(argv)
     try:
         grid = read_typed(arguments.config, Grid, "rows, levels and seeds")
         cells = plan(grid, arguments.output_dir)
         (arguments.output_dir / "cells").mkdir(parents=True, exist_ok=True)
+        if arguments.known is not None:
+            take_known(cells, arguments.known)
         waiting = [cell for cell in cells if not is_measured(cell)]
         with ThreadPoolExecutor(arguments.jobs) as pool:
             runs = pool.map(lambda cell: run_cell(grid, cell), waiting)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.grid import Grid, collect, plan
+from launch.grid import Grid, collect, is_measured, plan, take_known
 from launch.typed_yaml import read_typed
 
 ROOT = Path(__file__).parents[2]
@@ -66,3 +66,16 @@ def test_a_shipped_grid_is_whole(path):
     grid = read_typed(path, Grid, "rows")
     assert (ROOT / grid.config).exists()
     assert grid.headline in grid.rows
+
+
+def test_known_cells_are_taken_where_the_command_is_the_same(tmp_path):
+    cells = plan(GRID, tmp_path)
+    cells[0].result.parent.mkdir()
+    cell = {"row": "b", "sparsity": 0.5, "seed": 3}
+    known = [
+        cell | {"command": cells[0].arguments},
+        cell | {"command": [*cells[1].arguments, "--a", "1"]},
+    ]
+    (tmp_path / "known.json").write_text(json.dumps({"cells": known}))
+    take_known(cells, tmp_path / "known.json")
+    assert [is_measured(cell) for cell in cells] == [True] + [False] * 7
