@@ -98,7 +98,7 @@ def run(config: Config, *, output_dir: Path, resume: str = "auto") -> None:
     Raises:
         UserError: Bad input, or a folder whose stages were made by another config.
     """
-    _quiet_libraries()
+    quiet_libraries()
     check_trl_values(config)
     inputs = open_inputs(config)
     join_ranks()
@@ -196,7 +196,15 @@ def stage_inputs(stage: str, config: Config, folder: RunFolder) -> dict[str, Any
 
 
 def _settle(config: Config, folder: RunFolder, resume: str) -> None:
-    """Makes sure that no stage with results was made by another config.
+    """Makes sure that no stage with results was made by another config; `redo` moves such away."""
+    stage = stage_to_redo(config, folder, resume)
+    if stage is not None:
+        later = [name for name in STAGES[STAGES.index(stage) :] if folder.stage(name).exists()]
+        logger.info("moved %s to %s", ", ".join(later), folder.move_to_old(later))
+
+
+def stage_to_redo(config: Config, folder: RunFolder, resume: str) -> str | None:
+    """The first stage whose results were made by another config, under `redo`; else None.
 
     Raises:
         UserError: One was and `resume` does not allow to redo it; nothing on disk has changed.
@@ -227,9 +235,8 @@ def _settle(config: Config, folder: RunFolder, resume: str) -> None:
                 "set another --output_dir, or --resume redo to move this stage and the later ones "
                 f"to {folder.root / 'old'} and run them again"
             )
-        later = [name for name in STAGES[STAGES.index(stage) :] if folder.stage(name).exists()]
-        logger.info("moved %s to %s", ", ".join(later), folder.move_to_old(later))
-        return
+        return stage
+    return None
 
 
 def _comparable(inputs: dict[str, Any], stage: str, done: bool) -> dict[str, Any]:
@@ -295,7 +302,7 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): hash_file(file) for file in sorted(files)}
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Keeps the terminal for what a user acts on.
 
     No bars for files of a second, no notices about names that TRL uses and transformers renames, or

@@ -6,7 +6,13 @@ A local path wins over a Hub id. Architectures other than Llama are refused befo
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.llama import LlamaForCausalLM
 
 from pipeline.errors import UserError
@@ -65,18 +71,36 @@ def load_model(
     """
     source = resolve_model(path, key)
     arguments = {"revision": revision, "trust_remote_code": trust_remote_code}
-    with _explained(key, path):
-        config = AutoConfig.from_pretrained(source, **arguments)
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
-        raise UserError(
-            f"{key}: {path!r} is a {config.model_type!r} model; supported: "
-            f"{', '.join(SUPPORTED_MODEL_TYPES)}. Set a Llama"
-        )
+    load_architecture(path, key=key, **arguments)
     with _explained(key, path):
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=getattr(torch, dtype), use_safetensors=True, **arguments
         )
     return model.eval()
+
+
+def load_architecture(
+    path: str,
+    *,
+    key: str = "student.path",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PretrainedConfig:
+    """Loads a Llama's config.json.
+
+    Raises:
+        UserError: Missing, gated or unreachable model, or one that is not a Llama.
+    """
+    with _explained(key, path):
+        config = AutoConfig.from_pretrained(
+            resolve_model(path, key), revision=revision, trust_remote_code=trust_remote_code
+        )
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        raise UserError(
+            f"{key}: {path!r} is a {config.model_type!r} model; supported: "
+            f"{', '.join(SUPPORTED_MODEL_TYPES)}. Set a Llama"
+        )
+    return config
 
 
 def load_tokenizer(

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 LEVELS = (  # imports run downwards only; rooms on one level do not know each other
     ("launch",),
+    ("pipeline.doctor",),
     ("pipeline.run",),
     ("pipeline.stages",),
     ("pipeline.pruning", "pipeline.training", "pipeline.export"),
