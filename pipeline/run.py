@@ -33,6 +33,7 @@ from pipeline.artifacts import (
 from pipeline.config import Config
 from pipeline.config_loading import to_yaml
 from pipeline.errors import UserError
+from pipeline.lock import release_lock, take_lock
 from pipeline.models.loading import resolve_model
 from pipeline.ranks import is_main, join_ranks, on_main
 from pipeline.stages import distill, evaluate, grpo, on_policy, prune, sweep
@@ -103,6 +104,7 @@ def run(config: Config, *, output_dir: Path, resume: str = "auto") -> None:
     inputs = open_inputs(config)
     join_ranks()
     folder = on_main(partial(RunFolder.open, output_dir))
+    owner = on_main(partial(take_lock, folder.root))
     _log_to(folder.root / "log")
     status = 1
     try:
@@ -116,6 +118,7 @@ def run(config: Config, *, output_dir: Path, resume: str = "auto") -> None:
     finally:
         if is_main():
             write_text(folder.root / "exit_status", f"{status}\n")
+            release_lock(folder.root, owner)
 
 
 def _run_stages(

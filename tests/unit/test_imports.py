@@ -27,6 +27,7 @@ LEVELS = (  # imports run downwards only; rooms on one level do not know each ot
         "pipeline.sparsity",
         "pipeline.data",
         "pipeline.artifacts",
+        "pipeline.lock",
         "pipeline.config",
         "pipeline.ranks",
         "rewards",
@@ -59,6 +60,7 @@ MAY_IMPORT = {  # room: all it may import from other people
     "pipeline.errors": set(),
     "pipeline.config": {"annotated_types", "pydantic", "pydantic_core", "yaml"},
     "pipeline.artifacts": set(),
+    "pipeline.lock": set(),
     "pipeline.ranks": {"torch", "accelerate"},
 }
 
