@@ -129,6 +129,13 @@ def test_a_lock_that_changed_hands_is_left(tmp_path):
     assert lock._read(tmp_path / LOCK_FILE) == theirs
 
 
+def test_who_comes_late_to_a_stale_lock_leaves_the_new_one(tmp_path):
+    stale = hold(tmp_path, process=ended_process())
+    owner = take_lock(tmp_path)  # another that has seen it stale
+    assert not lock._remove_stale(tmp_path / LOCK_FILE, stale)
+    assert lock._read(tmp_path / LOCK_FILE) == owner
+
+
 def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path):
     code = (
         "import sys; from pathlib import Path; from pipeline import lock\n"
