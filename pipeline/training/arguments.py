@@ -4,12 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 from trl import DistillationConfig, GRPOConfig, SFTConfig
 
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.models.prompts import CHAT_TEMPLATE_ARGUMENTS
+from pipeline.ranks import world_size
+from pipeline.training.batches import batch_faults
+from pipeline.training.teacher_placement import placement_fault
 from pipeline.training.topology import check_topology
 
 
@@ -67,13 +71,28 @@ def check_trl_values(config: Config) -> None:
         ("grpo", grpo_arguments, False),
     ):
         if stage in config.run.stages:
+            if stage == "grpo" and (found := [*batch_faults(config.grpo.trl_values, world_size())]):
+                faults += found
+                continue
             try:
-                check_topology(stage, build(config, Path("unused")), uses_muon)
+                arguments = build(config, Path("unused"))
+                check_topology(stage, arguments, uses_muon)
             except UserError as error:
                 faults.append(str(error))
+            else:
+                faults += _teacher_faults(config, stage, arguments)
     forget_deepspeed()
     if faults:
         raise UserError("\n".join(faults))
+
+
+def _teacher_faults(config: Config, stage: str, arguments: TrainingArguments) -> list[str]:
+    """A placement that only ZeRO-3 has, found before the teacher is loaded."""
+    if stage == "distill" or (stage == "grpo" and config.rewards.teacher_kl_weight == 0):
+        return []
+    values = config.teacher
+    fault = placement_fault(values.placement, values.dtype, arguments.deepspeed_plugin)
+    return [] if fault is None else [fault]
 
 
 def forget_deepspeed() -> None:
