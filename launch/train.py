@@ -24,6 +24,7 @@ from pipeline.config_keys import describe_keys, nearest_keys
 from pipeline.config_loading import load_config, to_yaml
 from pipeline.config_yaml import YamlError, parse_yaml
 from pipeline.errors import UserError
+from pipeline.stages.paths import check_paths
 
 OPTIONS = (
     "--config",
@@ -88,6 +89,7 @@ def _run(argv: list[str]) -> None:
         print(to_yaml(config), end="")
         return
 
+    check_paths(config)
     stem = "evaluate" if options.config is None else Path(options.config).stem
     output_dir = options.output_dir or Path("runs") / stem
     if options.check:

@@ -34,7 +34,7 @@ from pipeline.config import Config
 from pipeline.config_loading import to_yaml
 from pipeline.errors import UserError
 from pipeline.lock import release_lock, take_lock
-from pipeline.models.loading import resolve_model
+from pipeline.models.paths import resolve_model
 from pipeline.ranks import is_main, join_ranks, on_main
 from pipeline.stages import distill, evaluate, grpo, on_policy, prune, sweep
 from pipeline.stages.inputs import TaskInputs, check_teacher, model_fingerprint, open_task

@@ -24,7 +24,8 @@ from pipeline.doctor.plan import Launch, Row, available_memory, memory_row, pass
 from pipeline.doctor.shapes import NO_WEIGHTS, ModelShape, meta_model, shape_of, weight_file_fault
 from pipeline.doctor.table import count_text, fact_lines, memory_lines, size_text
 from pipeline.errors import UserError
-from pipeline.models.loading import load_architecture, resolve_model
+from pipeline.models.loading import load_architecture
+from pipeline.models.paths import resolve_model
 from pipeline.ranks import is_main
 from pipeline.run import open_inputs, quiet_libraries, stage_to_redo
 from pipeline.stages.inputs import TaskInputs

@@ -11,8 +11,6 @@ from trl import DistillationConfig, GRPOConfig, SFTConfig
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.models.prompts import CHAT_TEMPLATE_ARGUMENTS
-from pipeline.ranks import world_size
-from pipeline.training.batches import batch_faults
 from pipeline.training.teacher_placement import placement_fault
 from pipeline.training.topology import check_topology
 
@@ -71,9 +69,6 @@ def check_trl_values(config: Config) -> None:
         ("grpo", grpo_arguments, False),
     ):
         if stage in config.run.stages:
-            if stage == "grpo" and (found := [*batch_faults(config.grpo.trl_values, world_size())]):
-                faults += found
-                continue
             try:
                 arguments = build(config, Path("unused"))
                 check_topology(stage, arguments, uses_muon)

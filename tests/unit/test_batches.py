@@ -6,7 +6,9 @@ import re
 import pytest
 from trl import GRPOConfig
 
-from pipeline.training.batches import DEFAULTS, batch_faults
+from pipeline.config import ConfigError
+from pipeline.config_loading import load_config
+from pipeline.rules.batches import DEFAULTS, group_faults
 
 
 def is_accepted(values, num_ranks):
@@ -40,10 +42,10 @@ CASES = [
 def test_what_trl_refuses_is_refused_with_numbers_that_it_takes(num_ranks):
     seen = 0
     for values in CASES:
-        faults = list(batch_faults(values, num_ranks))
+        faults = list(group_faults(values, num_ranks))
         assert len(faults) == (not is_accepted(values, num_ranks)), values
         for fault in faults:
-            remedy = fault.rpartition("; set ")[2]
+            remedy = fault.remedy.removeprefix("set ")
             if "generation_batch_size" in values:
                 remedy = f"grpo.generation_batch_size {remedy}"
             offers = re.findall(r"grpo\.(\w+) (\d+)(?: or (\d+))?", remedy)
@@ -55,19 +57,23 @@ def test_what_trl_refuses_is_refused_with_numbers_that_it_takes(num_ranks):
     assert seen > 20
 
 
-def test_the_message(tmp_path):
-    values = {"per_device_train_batch_size": 128, "num_generations": 7}
-    assert list(batch_faults(values, 1)) == [
-        "grpo.num_generations: 7: grpo.per_device_train_batch_size 128 x 1 rank x "
+def test_the_message(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    overrides = {"grpo.per_device_train_batch_size": 64, "grpo.num_generations": 7}
+    stages = {"run.stages": ["grpo"], "grpo.max_steps": 9}
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, overrides | stages)
+    assert str(caught.value).splitlines()[1:] == [
+        "  grpo.num_generations: 7: grpo.per_device_train_batch_size 64 x 2 ranks x "
         "grpo.gradient_accumulation_steps 1 = 128 completions are no whole number of groups; set "
-        "grpo.num_generations 4 or 8, or grpo.per_device_train_batch_size 126 or 133, or "
+        "grpo.num_generations 4 or 8, or grpo.per_device_train_batch_size 63 or 70, or "
         "grpo.gradient_accumulation_steps 7, instead"
     ]
 
 
 def test_two_ways_to_say_it_at_once():
-    (fault,) = batch_faults({"steps_per_generation": 2, "generation_batch_size": 16}, 1)
-    assert "leave one of them out" in fault
+    (fault,) = group_faults({"steps_per_generation": 2, "generation_batch_size": 16}, 1)
+    assert fault.remedy == "leave one of them out"
 
 
 def test_the_rules_and_defaults_are_trls(tmp_path):
