@@ -41,6 +41,7 @@ from pipeline.stages.inputs import TaskInputs, check_teacher, model_fingerprint,
 from pipeline.stages.training import end_step, max_steps, refining_stages
 from pipeline.training.arguments import check_trl_values
 from pipeline.training.checkpoint import MARKER_FILE
+from pipeline.training.trackers import keep_tracker_run, uses_tracker
 
 ON_RANK_0 = {"prune": prune.run, "evaluate": evaluate.run, "sweep": sweep.run}
 ON_EVERY_RANK = {"distill": distill.run, "on_policy": on_policy.run, "grpo": grpo.run}
@@ -127,6 +128,8 @@ def _run_stages(
     """Runs what is not done, in order."""
     if is_main():
         write_text(folder.root / "config.yaml", to_yaml(config))
+        if uses_tracker(config):
+            keep_tracker_run(folder.root)
     for stage in config.run.stages:
         if on_main(partial(_is_current, stage, config, folder)):
             logger.info("%s: done before, skipped", stage)

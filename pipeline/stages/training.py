@@ -29,6 +29,7 @@ from pipeline.training.best_student import adopt_best, read_best
 from pipeline.training.checkpoint import check_layout, newest_whole_checkpoint
 from pipeline.training.heldout import HeldoutCallback
 from pipeline.training.lora import LoraSparsityCallback
+from pipeline.training.pace import Pace
 from pipeline.training.probe import Probe, ProbePrompt
 from pipeline.training.sparse_trainer import Sparsity, SparsityCallback, layout_of
 from pipeline.training.verified_refinement import Verification
@@ -191,6 +192,7 @@ def train(
         sparsity.resume(checkpoint)
     adapted = lora_layers(trainer.accelerator.unwrap_model(trainer.model))
     trainer.add_sparsity(sparsity, LoraSparsityCallback if adapted else SparsityCallback)
+    trainer.add_callback(Pace(sparsity.stage, trainer.accelerator.num_processes))
     heldout = _heldout(config, inputs, trainer, out)
     if heldout is not None:
         heldout.resume(checkpoint)

@@ -13,6 +13,7 @@ from pipeline.errors import UserError
 from pipeline.models.prompts import CHAT_TEMPLATE_ARGUMENTS
 from pipeline.training.teacher_placement import placement_fault
 from pipeline.training.topology import check_topology
+from pipeline.training.trackers import run_name
 
 
 def distill_arguments(config: Config, output_dir: Path) -> SFTConfig:
@@ -102,7 +103,11 @@ def forget_deepspeed() -> None:
 def _build(
     arguments_class: type, section: str, config: Config, output_dir: Path, owned: dict[str, Any]
 ) -> Any:
-    values: dict[str, Any] = {"save_strategy": "steps", "report_to": "none"}
+    values: dict[str, Any] = {
+        "save_strategy": "steps",
+        "report_to": "none",
+        "run_name": run_name(output_dir.parent),
+    }
     values |= getattr(config, section).trl_values
     values |= owned | {"output_dir": str(output_dir), "seed": config.run.seed}
     if not torch.accelerator.is_available():
