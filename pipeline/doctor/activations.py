@@ -17,8 +17,8 @@ checkpointing each layer keeps its input alone, and one layer is computed again 
 
 Logits. grpo and on_policy project tokens in pieces, never all at once; a piece is at most
 `chunked_head.MAX_LOGITS` fp32 values, with gradients five of them. distill holds them whole: of B
-sequences with T scored tokens out of S, max(3 B S + 3 B T, B S + 7 B T) V fp32 values at once, as
-measured on a CPU within 5 %; autocast adds B S V in bf16.
+sequences with T scored tokens out of S, max(3 B S + 3 B T, B S + 7 B T) V fp32 values at once,
+which the same test finds within 6 % of the peak it measures; autocast adds B S V in bf16.
 
 Sampling. Keys and values of every sequence that is sampled at once: 2 K values for each token and
 layer, fp32, or bf16 under DeepSpeed with bf16.

@@ -161,8 +161,8 @@ def _describe_disk(output_dir: Path, wanted: float, facts: Facts, faults: list[s
     if wanted - held > free:
         faults.append(
             f"--output_dir: {str(output_dir)!r} has {size_text(free)} free and models and "
-            f"checkpoints take {size_text(wanted)}; set save_total_limit: 2 in the training "
-            "stages, a larger save_steps, or another --output_dir"
+            f"checkpoints take {size_text(wanted)}; set save_total_limit: 2, a larger save_steps, "
+            "or a folder on a larger disk"
         )
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.doctor.activations import (
@@ -19,6 +20,7 @@ from pipeline.models.chunked_head import MAX_LOGITS
 from pipeline.models.prunable import prunable_weights
 from pipeline.sparsity.shards import plain_shards
 from pipeline.sparsity.state import SparsityState
+from pipeline.training.distill_trainer import forward_kl
 
 LLAMA_1B = LlamaConfig(
     vocab_size=128256,
@@ -175,6 +177,40 @@ def test_teacher_by_placement():
     assert teacher_bytes(model, 4, dtype="float32", placement="cpu") == (0, 4 * size)
     on_device, on_host = teacher_bytes(model, 4, dtype="bfloat16", placement="zero3")
     assert (on_device, on_host) == (2 * size / 4 + 2 * model.largest_layer, 0)
+
+
+@pytest.mark.parametrize("completion", [16, 48])
+def test_whole_logits_are_what_distillation_holds(completion):
+    config = LlamaConfig(
+        vocab_size=8000,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    model, teacher = LlamaForCausalLM(config), LlamaForCausalLM(config)
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    work = replace(
+        WORK, sequences=2, prompt=64 - completion, completion=completion, whole_logits=True
+    )
+    ids = torch.arange(2 * 64).reshape(2, 64)
+    scored = torch.zeros(2, 63, dtype=torch.bool)
+    scored[:, -completion:] = True
+    tracker = MemTracker()
+    tracker.track_external(model)
+    with tracker:
+        student = model(input_ids=ids, use_cache=False).logits
+        chosen = student[:, :-1][scored]
+        with torch.no_grad():
+            wanted = teacher(input_ids=ids, use_cache=False).logits[:, :-1][scored]
+        forward_kl(chosen, wanted).sum().backward()
+    (peak,) = tracker.get_tracker_snapshot("peak").values()
+    held = 3 * sum(weight.nbytes for weight in model.parameters())  # gradients, and the teacher
+    shape = shape_of(model)
+    estimate = logit_bytes(shape, work, "fp32") + activation_bytes(shape, work, "fp32")
+    assert estimate == pytest.approx(peak["Total"] - held, rel=0.06)
 
 
 def test_logits_and_sampling():
