@@ -36,6 +36,7 @@ from pipeline.errors import UserError
 from pipeline.lock import release_lock, take_lock
 from pipeline.models.paths import resolve_model
 from pipeline.ranks import is_main, join_ranks, on_main
+from pipeline.rules.batches import prompt_fault
 from pipeline.stages import distill, evaluate, grpo, on_policy, prune, sweep
 from pipeline.stages.inputs import TaskInputs, check_teacher, model_fingerprint, open_task
 from pipeline.stages.training import end_step, max_steps, refining_stages
@@ -103,6 +104,9 @@ def run(config: Config, *, output_dir: Path, resume: str = "auto") -> None:
     quiet_libraries()
     check_trl_values(config)
     inputs = open_inputs(config)
+    fault = prompt_fault(config, len(inputs.task.train))
+    if fault is not None:
+        raise UserError(fault)
     join_ranks()
     folder = on_main(partial(RunFolder.open, output_dir))
     owner = on_main(partial(take_lock, folder.root))

@@ -2,8 +2,7 @@
 
     sequences a step = per_device_train_batch_size x ranks x gradient_accumulation_steps
 
-In grpo they are prompts x num_generations. TRL draws whole generation batches of distinct prompts
-and drops a rest: with fewer training prompts than one batch asks for there would be no step at all.
+In grpo they are prompts x num_generations.
 """
 
 from typing import Any
@@ -38,19 +37,4 @@ def batch_line(stage: str, arguments: Any, num_rows: int) -> str:
     epochs = steps * drawn / num_rows
     return (
         f"{steps} steps of {sequences} sequences ({factors}): {num_rows} {rows} {epochs:.2g} times"
-    )
-
-
-def batch_fault(stage: str, arguments: Any, num_rows: int) -> str | None:
-    """A stage that would take no step; None where it would."""
-    if stage != "grpo":
-        return None
-    wanted = arguments.generation_batch_size // arguments.num_generations
-    if wanted <= num_rows:
-        return None
-    largest = num_rows * arguments.num_generations
-    return (
-        f"grpo.generation_batch_size: {arguments.generation_batch_size}: asks for {wanted} prompts "
-        f"at once and the task has {num_rows} to train on; set it, or per_device_train_batch_size "
-        f"x ranks x gradient_accumulation_steps, to {largest} at most instead"
     )

@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.artifacts import RunFolder
 from pipeline.config import TRAINING_STAGES, Config
-from pipeline.doctor.batches import batch_fault, batch_line
+from pipeline.doctor.batches import batch_line
 from pipeline.doctor.disk import existing_bytes, free_bytes, permission_fault, run_bytes
 from pipeline.doctor.memory import LAYOUTS
 from pipeline.doctor.plan import Launch, Row, available_memory, memory_row, pass_of
@@ -27,6 +27,7 @@ from pipeline.errors import UserError
 from pipeline.models.loading import load_architecture
 from pipeline.models.paths import resolve_model
 from pipeline.ranks import is_main
+from pipeline.rules.batches import prompt_fault
 from pipeline.run import open_inputs, quiet_libraries, stage_to_redo
 from pipeline.stages.inputs import TaskInputs
 from pipeline.training.arguments import (
@@ -74,7 +75,7 @@ def check(config: Config, *, output_dir: Path, resume: str = "auto") -> None:
     for stage, values in arguments.items():
         rows = config.distill.rollouts if stage == "distill" else len(inputs.task.train)
         facts.append((stage, batch_line(stage, values, rows)))
-        faults += filter(None, [batch_fault(stage, values, rows)])
+    faults += filter(None, [prompt_fault(config, len(inputs.task.train))])
     _describe_folder(config, output_dir, resume, facts, faults)
     table = []
     if arguments:

@@ -4,7 +4,8 @@
 
 is sampled at once and holds whole groups of `num_generations` completions. `steps_per_generation`
 is `gradient_accumulation_steps` unless it, or `generation_batch_size`, is set. The launcher tells
-the number of ranks.
+the number of ranks. TRL draws whole generation batches of distinct prompts and drops a rest: with
+fewer training prompts than one batch asks for it would take no step and say that it is done.
 """
 
 import math
@@ -30,8 +31,27 @@ KEYS = tuple(f"grpo.{name}" for name in DEFAULTS)
 def batch_faults(config: Config) -> Iterator[Fault]:
     """Groups that do not go up in the launch this is."""
     if "grpo" in config.run.stages:
-        num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        yield from group_faults(config.grpo.trl_values, num_ranks)
+        yield from group_faults(config.grpo.trl_values, _num_ranks())
+
+
+def prompt_fault(config: Config, num_prompts: int) -> str | None:
+    """What is wrong where the task has too few training prompts for one generation batch of grpo.
+
+    Args:
+        config: One without `batch_faults`.
+        num_prompts: Distinct training prompts.
+    """
+    if "grpo" not in config.run.stages:
+        return None
+    per_device, accumulation, group, steps, whole = _filled(config.grpo.trl_values)
+    whole = whole or per_device * _num_ranks() * (steps or accumulation)
+    if whole // group <= num_prompts:
+        return None
+    return (
+        f"grpo.generation_batch_size: {whole}: asks for {whole // group} prompts at once and the "
+        f"task has {num_prompts} to train on; set it, or grpo.per_device_train_batch_size x ranks "
+        f"x grpo.gradient_accumulation_steps, to {num_prompts * group} or less instead"
+    )
 
 
 def group_faults(values: dict[str, Any], num_ranks: int) -> Iterator[Fault]:
@@ -41,9 +61,7 @@ def group_faults(values: dict[str, Any], num_ranks: int) -> Iterator[Fault]:
         values: TRL's keys of section grpo, as they were given.
         num_ranks: Of the launch.
     """
-    per_device, accumulation, group, steps, whole = (
-        default if values.get(key) is None else values[key] for key, default in DEFAULTS.items()
-    )
+    per_device, accumulation, group, steps, whole = _filled(values)
     if steps is not None and whole is not None:
         yield Fault(
             "grpo.generation_batch_size",
@@ -85,6 +103,17 @@ def group_faults(values: dict[str, Any], num_ranks: int) -> Iterator[Fault]:
             f"set {', or '.join(remedies)}, instead",
             KEYS,
         )
+
+
+def _filled(values: dict[str, Any]) -> tuple:
+    """The keys of `DEFAULTS` in their order."""
+    return tuple(
+        default if values.get(key) is None else values[key] for key, default in DEFAULTS.items()
+    )
+
+
+def _num_ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _unit(group: int, others: int) -> int:

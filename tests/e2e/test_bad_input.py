@@ -76,6 +76,13 @@ def test_a_value_that_trl_refuses(capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_fewer_prompts_than_a_batch_asks_for(capsys, tmp_path):
+    message = refused(capsys, tmp_path / "run", "--task.num_train", "15")
+    assert message.startswith("error: grpo.generation_batch_size: 128: asks for 16 prompts")
+    assert "to 120 or less" in message
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_second_run_into_one_folder_is_refused_and_touches_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "WAIT_SECONDS", 0.0)
     (tmp_path / "exit_status").write_text("75\n")

@@ -84,7 +84,7 @@ def test_faults_of_weights_folder_and_batches_come_together(capsys, tmp_path):
     assert f"student.path: '{student}': {name} is (8, " in err
     assert "cannot be written" in err
     assert "grpo.generation_batch_size: 1024: asks for 128 prompts" in err
-    assert "to 512 at most" in err
+    assert "to 512 or less" in err
     assert (tmp_path / "run").read_text() == "mine"
 
 
