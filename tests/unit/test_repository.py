@@ -21,7 +21,7 @@ NUM_CONFIGS = {
     "configs": 7,
     "configs/accelerate": 7,
     "configs/benchmark": 2,
-    "configs/grid": 1,
+    "configs/grid": 2,
 }
 
 MACHINE_PATH = re.compile(r"(?<![\w.~}*<-])/(?:home|root|Users|work|opt|tmp|scratch|public)/\w")
