@@ -53,6 +53,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for key, value in defaults.items():
         if getattr(arguments, key) is None:
             setattr(arguments, key, value)
+    if arguments.steps < 1:
+        parser.error(f"--steps {arguments.steps}: set 1 or more")
     heads = arguments.num_heads
     if heads < 1 or arguments.hidden_size % (2 * heads) or heads % max(1, heads // 2):
         parser.error(

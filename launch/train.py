@@ -25,9 +25,18 @@ from pipeline.config_keys import describe_keys, nearest_keys
 from pipeline.config_loading import load_config, to_yaml
 from pipeline.config_yaml import YamlError, parse_yaml
 from pipeline.errors import UserError
+from pipeline.stages.paths import check_paths
 from pipeline.stopping import STATUS, Stopped, listening
 
-OPTIONS = ("--config", "--output_dir", "--stages", "--resume", "--print_config", "--help")
+OPTIONS = (
+    "--config",
+    "--output_dir",
+    "--stages",
+    "--resume",
+    "--check",
+    "--print_config",
+    "--help",
+)
 RESUME_WORDS = ("auto", "redo", "never")
 SECONDS_FOR_RANK_0 = 20
 TRL_HELP = """\
@@ -85,10 +94,18 @@ def _run(argv: list[str]) -> None:
         print(to_yaml(config), end="")
         return
 
-    from pipeline.run import run  # here, because it imports torch and trl
-
+    check_paths(config)
     stem = "evaluate" if options.config is None else Path(options.config).stem
-    run(config, output_dir=options.output_dir or Path("runs") / stem, resume=options.resume)
+    output_dir = options.output_dir or Path("runs") / stem
+    if options.check:
+        from pipeline.doctor.check import check  # here, because it imports torch and trl
+
+        check(config, output_dir=output_dir, resume=options.resume)
+        return
+
+    from pipeline.run import run  # for the same reason
+
+    run(config, output_dir=output_dir, resume=options.resume)
 
 
 def parse_command_line(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -98,8 +115,8 @@ def parse_command_line(argv: list[str]) -> tuple[argparse.Namespace, dict[str, A
         argv: Arguments without the program's name.
 
     Returns:
-        The options `config`, `output_dir`, `resume`, `print_config`, and dotted key to value
-        parsed as YAML, `--stages a,b` among them as `run.stages`.
+        The options `config`, `output_dir`, `resume`, `check`, `print_config`, and dotted key to
+        value parsed as YAML, `--stages a,b` among them as `run.stages`.
 
     Raises:
         UserError: An option is unknown, lacks its value, or has one that is not YAML.
@@ -165,6 +182,12 @@ def _build_parser() -> _Parser:
         help="auto (default): go on where the run folder stands; redo: move stages whose config "
         "changed to old/ and run them again; never: refuse a folder with results; or the path of "
         "a checkpoint folder",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="load config, task, tokenizers and model shapes, estimate memory and disk, say what "
+        "is wrong, and stop; no weights are read and nothing is written",
     )
     parser.add_argument("--print_config", action="store_true", help="print every key and stop")
     return parser

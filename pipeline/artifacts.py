@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import platform
 import shutil
 import subprocess
 import time
@@ -68,8 +69,8 @@ def hash_json(value: Any) -> str:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of the packages a result depends on; those not installed are left out."""
-    versions = {}
+    """Versions of Python and of the packages a result depends on, as far as installed."""
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

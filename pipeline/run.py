@@ -33,14 +33,17 @@ from pipeline.artifacts import (
 from pipeline.config import Config
 from pipeline.config_loading import to_yaml
 from pipeline.errors import UserError
-from pipeline.models.loading import resolve_model
+from pipeline.lock import release_lock, take_lock
+from pipeline.models.paths import resolve_model
 from pipeline.ranks import is_main, join_ranks, on_main, stop_together, world_size
+from pipeline.rules.batches import prompt_fault
 from pipeline.stages import distill, evaluate, grpo, on_policy, prune, sweep
 from pipeline.stages.inputs import TaskInputs, check_teacher, model_fingerprint, open_task
 from pipeline.stages.training import end_step, max_steps, refining_stages
 from pipeline.stopping import STATUS, Stopped, acting
 from pipeline.training.arguments import check_trl_values
 from pipeline.training.safe_loading import force_safe_loading
+from pipeline.training.trackers import keep_tracker_run, uses_tracker
 
 ON_RANK_0 = {"prune": prune.run, "evaluate": evaluate.run, "sweep": sweep.run}
 ON_EVERY_RANK = {"distill": distill.run, "on_policy": on_policy.run, "grpo": grpo.run}
@@ -100,12 +103,16 @@ def run(config: Config, *, output_dir: Path, resume: str = "auto") -> None:
         UserError: Bad input, or a folder whose stages were made by another config.
         Stopped: A signal asked for it; the run folder is as a resumed run needs it.
     """
-    _quiet_libraries()
+    quiet_libraries()
     force_safe_loading()
     check_trl_values(config)
     inputs = open_inputs(config)
+    fault = prompt_fault(config, len(inputs.task.train))
+    if fault is not None:
+        raise UserError(fault)
     join_ranks()
     folder = on_main(partial(RunFolder.open, output_dir))
+    owner = on_main(partial(take_lock, folder.root))
     _log_to(folder.root / "log")
     status = 1
     try:
@@ -126,6 +133,7 @@ def run(config: Config, *, output_dir: Path, resume: str = "auto") -> None:
     finally:
         if is_main():
             write_text(folder.root / "exit_status", f"{status}\n")
+            release_lock(folder.root, owner)
 
 
 def _run_stages(
@@ -134,6 +142,8 @@ def _run_stages(
     """Runs what is not done, in order."""
     if is_main():
         write_text(folder.root / "config.yaml", to_yaml(config))
+        if uses_tracker(config):
+            keep_tracker_run(folder.root)
     for stage in config.run.stages:
         stop_together()
         if on_main(partial(_is_current, stage, config, folder)):
@@ -207,7 +217,15 @@ def stage_inputs(stage: str, config: Config, folder: RunFolder) -> dict[str, Any
 
 
 def _settle(config: Config, folder: RunFolder, resume: str) -> None:
-    """Makes sure that no stage with results was made by another config.
+    """Makes sure that no stage with results was made by another config; `redo` moves such away."""
+    stage = stage_to_redo(config, folder, resume)
+    if stage is not None:
+        later = [name for name in STAGES[STAGES.index(stage) :] if folder.stage(name).exists()]
+        logger.info("moved %s to %s", ", ".join(later), folder.move_to_old(later))
+
+
+def stage_to_redo(config: Config, folder: RunFolder, resume: str) -> str | None:
+    """The first stage whose results were made by another config, under `redo`; else None.
 
     Raises:
         UserError: One was and `resume` does not allow to redo it; nothing on disk has changed.
@@ -238,9 +256,8 @@ def _settle(config: Config, folder: RunFolder, resume: str) -> None:
                 "set another --output_dir, or --resume redo to move this stage and the later ones "
                 f"to {folder.root / 'old'} and run them again"
             )
-        later = [name for name in STAGES[STAGES.index(stage) :] if folder.stage(name).exists()]
-        logger.info("moved %s to %s", ", ".join(later), folder.move_to_old(later))
-        return
+        return stage
+    return None
 
 
 def _comparable(inputs: dict[str, Any], stage: str, done: bool) -> dict[str, Any]:
@@ -304,7 +321,7 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): hash_file(file) for file in sorted(files)}
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Keeps the terminal for what a user acts on.
 
     No bars for files of a second, no notices about names that TRL uses and transformers renames, or

@@ -121,6 +121,26 @@ _NAMES = {
     "dict": "a mapping",
     "NoneType": "null",
 }
+_AT_LEAST = {
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "num_generations": 2,
+    "num_iterations": 1,
+    "steps_per_generation": 1,
+    "generation_batch_size": 1,
+    "max_completion_length": 1,
+    "max_length": 1,
+    "dataloader_num_workers": 0,
+    "learning_rate": 0,
+    "warmup_steps": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "adam_beta1": 0,
+    "adam_beta2": 0,
+    "beta": 0,
+}
+_MORE_THAN = {"temperature": 0, "save_steps": 0, "logging_steps": 0, "num_train_epochs": 0}
+"""Least values of numbers that TRL, transformers or torch would refuse late, or not at all."""
 _TYPES = {"bool": bool, "int": int, "float": float, "str": str, "list": list, "dict": dict}
 _ALSO_ACCEPTED = {"scale_rewards": bool}  # GRPOConfig turns true into group, false into none
 
@@ -171,6 +191,11 @@ def trl_value_fault(section: str, key: str, value: Any) -> tuple[str, str] | Non
         names = [_NAMES[kind.__name__] for kind in sorted(types, key=_type_order)]
         wanted = " or ".join(names)
         return f"must be {wanted}", f"set {wanted} instead"
+    if isinstance(value, int | float):
+        if value < _AT_LEAST.get(key, -math.inf):
+            return f"must be {_AT_LEAST[key]} or more", f"set {_AT_LEAST[key]} or more instead"
+        if value <= _MORE_THAN.get(key, -math.inf):
+            return "must be more than 0", "set more than 0 instead"
     if key == "save_total_limit" and value is not None and value < 2:
         return (
             "a crash while saving would leave no whole checkpoint",

@@ -2,14 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline.config_yaml import YamlError, parse_yaml
-from pipeline.errors import UserError
+from launch.typed_yaml import Kind, read_typed
 from pipeline.models.prunable import prunable_weights
 
 
@@ -66,27 +64,6 @@ class Shapes:
     """Only the bytes sent are counted."""
 
 
-Kind = TypeVar("Kind")
-
-
 def load_shapes(path: Path, kind: type[Kind] = Shapes) -> Kind:
-    """Reads a suite's YAML.
-
-    Args:
-        path: The file.
-        kind: Dataclass of what it holds.
-
-    Raises:
-        UserError: It cannot be read, or a key is missing, unknown or of the wrong type.
-    """
-    try:
-        values, duplicates = parse_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, YamlError) as error:
-        raise UserError(f"--config: {path}: {error}; set a YAML file of shapes") from error
-    if duplicates:
-        raise UserError(f"--config: {path}: {'; '.join(duplicates)}")
-    try:
-        return TypeAdapter(kind).validate_python(values)
-    except ValidationError as error:
-        faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise UserError(f"--config: {path}: {'; '.join(faults)}") from error
+    """Reads a suite's YAML, as `read_typed` does."""
+    return read_typed(path, kind, "shapes")

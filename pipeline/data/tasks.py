@@ -62,6 +62,21 @@ def split_of(prompt: str) -> str:
     return next(split for split, start in reversed(SPLIT_STARTS.items()) if bucket >= start)
 
 
+def check_source(path: str) -> None:
+    """Looks whether `task.path` is something that can be read, without reading it.
+
+    Raises:
+        UserError: It is neither on disk nor a Hub id.
+    """
+    if path == "bundled" or Path(path).expanduser().exists() or HUB_ID.fullmatch(path):
+        return
+    raise UserError(
+        f"task.path={path!r}: there is no such file or folder, and it is not a Hub id. Set it "
+        "to a file with one JSON object per line, to a Hub id such as openai/gsm8k, or to "
+        "bundled."
+    )
+
+
 def load_task(
     path: str,
     *,
@@ -108,14 +123,9 @@ def load_task(
         pool, held_out = read_json_lines(path, local, *columns), []
     elif local.is_dir():
         pool, held_out = read_with_datasets(path, str(local), None, *columns)
-    elif HUB_ID.fullmatch(path):
-        pool, held_out = read_with_datasets(path, path, subset, *columns)
     else:
-        raise UserError(
-            f"task.path={path!r}: there is no such file or folder, and it is not a Hub id. Set it "
-            "to a file with one JSON object per line, to a Hub id such as openai/gsm8k, or to "
-            "bundled."
-        )
+        check_source(path)
+        pool, held_out = read_with_datasets(path, path, subset, *columns)
     return _split(path, pool, held_out, counts, seed)
 
 

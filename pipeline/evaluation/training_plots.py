@@ -1,4 +1,4 @@
-"""Pictures of the way there: loss, reward, accuracy, sparsity over steps; movement of the weights.
+"""The picture of the way there: loss, reward, accuracy and sparsity over optimizer steps.
 
 As in `plots.py`, every function draws one file and returns its title.
 """
@@ -6,12 +6,9 @@ As in `plots.py`, every function draws one file and returns its title.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from pipeline.evaluation.figures import (
     BLUE,
     GREY,
-    ORANGE,
     SKY,
     new_figure,
     percent_axis,
@@ -28,20 +25,6 @@ PANELS = (
 """Log key, the stages in which it is drawn, axis label; top to bottom."""
 
 FRACTIONS = ("heldout_accuracy", "sparsity")
-
-MOVEMENT_LABELS = {
-    "kept": (
-        "kept weights: size of accumulated $-g\\,w$\n(units of the loss, log scale)",
-        {"positive": "away from zero", "negative": "towards zero"},
-    ),
-    "pruned": (
-        "pruned weights: size of accumulated update\n(multiples of the learning rate, log scale)",
-        {"positive": "upwards", "negative": "downwards"},
-    ),
-}
-"""Side of the mask to its axis label and to what a sign means there."""
-
-MOVEMENT_DECADES, MOVEMENT_BINS = 6, 48
 
 Curve = tuple[list[float], list[float]]
 
@@ -119,77 +102,3 @@ def _training_title(curves: Mapping[str, Sequence[Curve]]) -> str:
             smooth = values if key == "sparsity" else _running_mean(values, len(values) // 20)
             changes.append(f"{key} goes from {show(smooth[0])} to {show(smooth[-1])}")
     return " while ".join(changes).capitalize()
-
-
-def movement_histogram(tensors: Sequence[torch.Tensor]) -> dict[str, list[float] | int]:
-    """Counts of accumulated movement in logarithmic bins, signs apart: plain data for the plot.
-
-    Args:
-        tensors: Movement of any shape, floating point, all in one unit.
-
-    Returns:
-        `edges`: 49 absolute values over the 6 decades below the largest, ascending; `positive` and
-        `negative`: 48 counts each, smaller absolute values falling into the first; `zero`: how
-        many never moved.
-    """
-    largest = max((tensor.abs().max().item() for tensor in tensors if tensor.numel()), default=0.0)
-    edges = (largest or 1.0) * torch.logspace(
-        -MOVEMENT_DECADES, 0, MOVEMENT_BINS + 1, dtype=torch.float64
-    )
-    positive = negative = torch.zeros(MOVEMENT_BINS, dtype=torch.int64)
-    for tensor in tensors:
-        positive = positive + _count(tensor[tensor > 0], edges)
-        negative = negative + _count(-tensor[tensor < 0], edges)
-    return {
-        "edges": edges.tolist(),
-        "positive": positive.tolist(),
-        "negative": negative.tolist(),
-        "zero": sum(int((tensor == 0).sum()) for tensor in tensors),
-    }
-
-
-def _count(values: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
-    bins = torch.bucketize(values.double().cpu(), edges[1:-1], right=True)
-    return torch.bincount(bins, minlength=MOVEMENT_BINS)
-
-
-def plot_movement(histograms: Mapping[str, Mapping], *, path: Path) -> str:
-    """Movement of the kept weights beside that of the pruned ones; their units differ.
-
-    Args:
-        histograms: `kept` and `pruned` to what `movement_histogram` returns.
-        path: File to write.
-    """
-    title = _movement_title(histograms["kept"])
-    figure, all_axes = new_figure(title, 4, columns=len(histograms))
-    for axes, (side, histogram) in zip(all_axes, histograms.items(), strict=True):
-        label, meanings = MOVEMENT_LABELS[side]
-        num_weights = _num_weights(histogram)
-        for sign, colour, style in (("positive", BLUE, "-"), ("negative", ORANGE, "--")):
-            shares = [count / num_weights for count in histogram[sign]]
-            legend = f"{meanings[sign]} ({percent(sum(shares))})"
-            axes.stairs(shares, histogram["edges"], color=colour, ls=style, lw=2, label=legend)
-        axes.plot([], [], " ", label=f"never moved ({percent(histogram['zero'] / num_weights)})")
-        axes.set_xscale("log")
-        axes.set_xlabel(label)
-        axes.margins(y=0.35)
-        axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_formatter(percent_axis(decimals=1))
-        axes.grid(alpha=0.3)
-        axes.legend(loc="upper left", frameon=False, handlelength=1)
-    all_axes[0].set_ylabel("share of the weights in each bin")
-    save_figure(figure, path)
-    return title
-
-
-def _num_weights(histogram: Mapping) -> int:
-    """At least 1, so that shares of no weights are 0."""
-    return max(1, sum(histogram["positive"]) + sum(histogram["negative"]) + histogram["zero"])
-
-
-def _movement_title(kept: Mapping) -> str:
-    away, towards = (sum(kept[sign]) / _num_weights(kept) for sign in ("positive", "negative"))
-    return (
-        f"Training pushes {percent(away)} of the kept weights away from zero, "
-        f"{percent(towards)} towards it"
-    )

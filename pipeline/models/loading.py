@@ -6,41 +6,19 @@ A local path wins over a Hub id. Architectures other than Llama are refused befo
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.llama import LlamaForCausalLM
 
 from pipeline.errors import UserError
+from pipeline.models.paths import resolve_model
 
-BUNDLED_MODEL = Path(__file__).parent / "bundled"
 SUPPORTED_MODEL_TYPES = ("llama",)
-
-
-def resolve_model(path: str, key: str) -> str:
-    """Turns `bundled`, a local folder or a Hub id into what transformers loads.
-
-    Args:
-        path: The value of the config key.
-        key: The config key, for messages (`student.path`).
-
-    Raises:
-        UserError: The value looks like a local folder but is none, or the folder holds no model.
-    """
-    if path == "bundled":
-        return str(BUNDLED_MODEL)
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"{key}: {path!r} holds no config.json, so it is not a model folder; set the "
-                "folder that save_pretrained() wrote"
-            )
-        return str(folder)
-    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise UserError(
-            f"{key}: {path!r} is not a folder; set 'bundled', the path of a local model folder or "
-            "a Hub id such as meta-llama/Llama-3.2-1B-Instruct"
-        )
-    return path
 
 
 def load_model(
@@ -65,18 +43,36 @@ def load_model(
     """
     source = resolve_model(path, key)
     arguments = {"revision": revision, "trust_remote_code": trust_remote_code}
-    with _explained(key, path):
-        config = AutoConfig.from_pretrained(source, **arguments)
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
-        raise UserError(
-            f"{key}: {path!r} is a {config.model_type!r} model; supported: "
-            f"{', '.join(SUPPORTED_MODEL_TYPES)}. Set a Llama"
-        )
+    load_architecture(path, key=key, **arguments)
     with _explained(key, path):
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=getattr(torch, dtype), use_safetensors=True, **arguments
         )
     return model.eval()
+
+
+def load_architecture(
+    path: str,
+    *,
+    key: str = "student.path",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PretrainedConfig:
+    """Loads a Llama's config.json.
+
+    Raises:
+        UserError: Missing, gated or unreachable model, or one that is not a Llama.
+    """
+    with _explained(key, path):
+        config = AutoConfig.from_pretrained(
+            resolve_model(path, key), revision=revision, trust_remote_code=trust_remote_code
+        )
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        raise UserError(
+            f"{key}: {path!r} is a {config.model_type!r} model; supported: "
+            f"{', '.join(SUPPORTED_MODEL_TYPES)}. Set a Llama"
+        )
+    return config
 
 
 def load_tokenizer(

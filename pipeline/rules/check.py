@@ -5,6 +5,7 @@ those keys is faulty by itself.
 """
 
 from pipeline.config import Config
+from pipeline.rules.batches import batch_faults
 from pipeline.rules.fault import Fault
 from pipeline.rules.idle_terms import idle_terms
 from pipeline.rules.lora import lora_faults
@@ -15,6 +16,7 @@ from pipeline.rules.training import engine_faults, heldout_faults, text_faults, 
 
 RULES = (
     training_faults,
+    batch_faults,
     format_faults,
     idle_terms,
     teacher_term_faults,

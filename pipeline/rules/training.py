@@ -101,3 +101,16 @@ def engine_faults(config: Config) -> Iterator[Fault]:
             "distill.muon_learning_rate: null, instead",
             ("distill.muon_learning_rate",),
         )
+    if (
+        config.movement.pruned == "proposed"
+        and config.refine.regrow_fraction > 0
+        and config.distill.muon_learning_rate is not None
+    ):
+        yield Fault(
+            "movement.pruned",
+            "proposed",
+            "says nothing under distill.muon_learning_rate: Muon gets gradients of kept weights "
+            "alone, and by this movement weights would be brought back",
+            "set negative_gradient, or refine.regrow_fraction: 0, instead",
+            ("refine.regrow_fraction", "distill.muon_learning_rate"),
+        )

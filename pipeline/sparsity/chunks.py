@@ -96,13 +96,13 @@ class Chunks:
             .view(torch.float32)
         )
 
-    def zero_pruned(self, weight: Tensor, mask: Tensor) -> Tensor:
-        """Sets pruned weights to exactly 0, in place, and returns what they were.
+    def zero_pruned(self, values: Tensor, mask: Tensor) -> Tensor:
+        """Sets the values of pruned weights to exactly 0, in place, and returns what they were.
 
         Arguments and result as for `pruned_part`.
         """
-        part = self.pruned_part(weight, mask)
-        weight.view(torch.int32).bitwise_xor_(part.view(torch.int32))
+        part = self.pruned_part(values, mask)
+        values.view(torch.int32).bitwise_xor_(part.view(torch.int32))
         return part
 
     def magnitude(self, weight: Tensor) -> Tensor:

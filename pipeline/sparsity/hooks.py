@@ -2,7 +2,8 @@
 
 One pre-hook and one post-hook on the base optimizer, over this rank's shards. After every step a
 pruned weight is exactly 0, whatever momentum and weight decay do; its moments are left alone, and
-an elementwise optimizer never moves a kept weight by them (Muon does, see `training/muon.py`).
+an elementwise optimizer never moves a kept weight by them. One that mixes the weights of a matrix
+does (`training/muon.py`): from it the gradients of pruned weights are kept back once observed.
 Nothing is communicated: the copy of fp32 weights to those that compute, which follows every step
 anyway, carries the zeros.
 
@@ -32,7 +33,14 @@ from pipeline.sparsity.stochastic import rounding_key
 class SparsityHooks:
     """Binds a `SparsityState` to the optimizer that trains the weights."""
 
-    def __init__(self, weights: ShardedWeights, state: SparsityState, rule: MovementRule):
+    def __init__(
+        self,
+        weights: ShardedWeights,
+        state: SparsityState,
+        rule: MovementRule,
+        *,
+        zero_pruned_gradients: bool = False,
+    ):
         """Zeroes what the mask prunes, everywhere, and registers both hooks.
 
         Every rank calls it, because the zeros are published.
@@ -41,6 +49,8 @@ class SparsityHooks:
             weights: This rank's shards.
             state: Their masks and movement; the movement is observed in place.
             rule: What is observed.
+            zero_pruned_gradients: Whether the optimizer gets gradients of kept weights alone. What
+                it then proposes for pruned ones says nothing of them.
 
         Raises:
             ValueError: The state does not fit the shards, or its movement not the rule.
@@ -48,6 +58,7 @@ class SparsityHooks:
         _check_fit(weights, state, rule)
         self.state = state
         self.rule = rule
+        self.zero_pruned_gradients = zero_pruned_gradients
         self.step = 0
         """The trainer's step, which the trainer sets. Only stochastic rounding reads it."""
         self._shards: dict[int, list[Shard]] = defaultdict(list)
@@ -101,6 +112,8 @@ class SparsityHooks:
                 pruned = chunks.pruned_part(gradient, mask)
                 observations.observe_negative_gradient(movement, pruned)
             chunks.store(stored, movement, key, offset)
+            if self.zero_pruned_gradients:
+                chunks.zero_pruned(gradient, mask)
 
     def _observe_after(self, shard: Shard, learning_rate: float) -> None:
         rule, chunks = self.rule, self._chunks[shard.flat.device]

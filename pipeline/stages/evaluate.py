@@ -21,10 +21,11 @@ from pipeline.config import TRAINING_STAGES, Config
 from pipeline.errors import UserError
 from pipeline.evaluation.accuracy import AccuracyResult
 from pipeline.evaluation.completions import TokenPair
+from pipeline.evaluation.movement_plot import movement_histogram, plot_movement
 from pipeline.evaluation.plots import plot_accuracy, plot_layer_sparsity, plot_perplexity
 from pipeline.evaluation.report import Measurements, Report, build_report, write_report
 from pipeline.evaluation.summary import RunDescription, Sample, terminal_summary
-from pipeline.evaluation.training_plots import movement_histogram, plot_movement, plot_training
+from pipeline.evaluation.training_plots import plot_training
 from pipeline.models.loading import load_model
 from pipeline.models.prunable import measured_sparsity
 from pipeline.sparsity.storage import saved_movement
@@ -209,18 +210,18 @@ def _draw(config: Config, folder: RunFolder, report: Report) -> dict[str, str]:
     }
     if logs:
         sentences["training"] = plot_training(logs, path=plots / "training.png")
-        sentences["movement"] = _draw_movement(folder, plots / "movement.png")
+        sentences["movement"] = _draw_movement(config, folder, plots / "movement.png")
     return {f"plots/{name}.png": sentence for name, sentence in sentences.items()}
 
 
-def _draw_movement(folder: RunFolder, path: Path) -> str:
+def _draw_movement(config: Config, folder: RunFolder, path: Path) -> str:
     saved = list(saved_movement(folder.stage(stage_before(folder, "evaluate"))))
     sides = {
-        "kept": [movement[mask].float() for mask, movement in saved],
-        "pruned": [movement[~mask].float() for mask, movement in saved],
+        config.movement.kept: [movement[mask].float() for mask, movement in saved],
+        config.movement.pruned: [movement[~mask].float() for mask, movement in saved],
     }
     return plot_movement(
-        {side: movement_histogram(tensors) for side, tensors in sides.items()}, path=path
+        {seen: movement_histogram(tensors) for seen, tensors in sides.items()}, path=path
     )
 
 

@@ -12,7 +12,8 @@ from pipeline.artifacts import RunFolder, hash_file, replaced_folder
 from pipeline.config import TRAINING_STAGES, Config
 from pipeline.data.tasks import Task, load_task
 from pipeline.errors import UserError
-from pipeline.models.loading import check_same_tokenizer, load_model, load_tokenizer, resolve_model
+from pipeline.models.loading import check_same_tokenizer, load_model, load_tokenizer
+from pipeline.models.paths import resolve_model
 from pipeline.models.prompts import Prompt, encode_prompt, format_prompt
 from rewards.correctness import Verifier, find_verifier
 

@@ -35,6 +35,7 @@ from pipeline.training.checkpoint import (
 )
 from pipeline.training.heldout import HeldoutCallback
 from pipeline.training.lora import LoraSparsityCallback
+from pipeline.training.pace import Pace
 from pipeline.training.probe import Probe, ProbePrompt
 from pipeline.training.safe_loading import allow_deepspeed, refuse_code
 from pipeline.training.sparse_trainer import Sparsity, SparsityCallback, layout_of
@@ -211,6 +212,7 @@ def train(
     trainer.add_sparsity(sparsity, LoraSparsityCallback if adapted else SparsityCallback)
     agreement = StepAgreement(config.run.save_minutes)
     trainer.add_callback(agreement)
+    trainer.add_callback(Pace(sparsity.stage, trainer.accelerator.num_processes))
     heldout = _heldout(config, inputs, trainer, out)
     if heldout is not None:
         heldout.resume(checkpoint)

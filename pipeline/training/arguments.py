@@ -4,13 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 from trl import DistillationConfig, GRPOConfig, SFTConfig
 
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.models.prompts import CHAT_TEMPLATE_ARGUMENTS
+from pipeline.training.teacher_placement import placement_fault
 from pipeline.training.topology import check_topology
+from pipeline.training.trackers import run_name
 
 
 def distill_arguments(config: Config, output_dir: Path) -> SFTConfig:
@@ -68,12 +71,24 @@ def check_trl_values(config: Config) -> None:
     ):
         if stage in config.run.stages:
             try:
-                check_topology(stage, build(config, Path("unused")), uses_muon)
+                arguments = build(config, Path("unused"))
+                check_topology(stage, arguments, uses_muon)
             except UserError as error:
                 faults.append(str(error))
+            else:
+                faults += _teacher_faults(config, stage, arguments)
     forget_deepspeed()
     if faults:
         raise UserError("\n".join(faults))
+
+
+def _teacher_faults(config: Config, stage: str, arguments: TrainingArguments) -> list[str]:
+    """A placement that only ZeRO-3 has, found before the teacher is loaded."""
+    if stage == "distill" or (stage == "grpo" and config.rewards.teacher_kl_weight == 0):
+        return []
+    values = config.teacher
+    fault = placement_fault(values.placement, values.dtype, arguments.deepspeed_plugin)
+    return [] if fault is None else [fault]
 
 
 def forget_deepspeed() -> None:
@@ -88,7 +103,11 @@ def forget_deepspeed() -> None:
 def _build(
     arguments_class: type, section: str, config: Config, output_dir: Path, owned: dict[str, Any]
 ) -> Any:
-    values: dict[str, Any] = {"save_strategy": "steps", "report_to": "none"}
+    values: dict[str, Any] = {
+        "save_strategy": "steps",
+        "report_to": "none",
+        "run_name": run_name(output_dir.parent),
+    }
     values |= getattr(config, section).trl_values
     values |= owned | {"output_dir": str(output_dir), "seed": config.run.seed}
     if not torch.accelerator.is_available():

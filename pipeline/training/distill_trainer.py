@@ -104,5 +104,7 @@ class DistillTrainer(SparseTrainer, SFTTrainer):
             / num_tokens
         )
         self._metrics["train"]["kl"].append(divergence.item())
+        num_seen = int(batch["attention_mask"].sum()) * self.accelerator.num_processes
+        self.state.num_input_tokens_seen += num_seen  # of all ranks, as if they had as many
         loss = self.kl_weight * divergence + self.ce_weight * cross_entropy
         return (loss, outputs) if return_outputs else loss

@@ -5,8 +5,9 @@ the nearest orthogonal matrix. Its update is scaled to the size of AdamW's (Liu 
 arXiv 2502.16982, section 2.2), so both take learning rates of one kind. A sparse student recovers
 in several times fewer steps than with AdamW (RESULTS.md). torch's own implementations do the work.
 
-Orthogonalising mixes all weights of a matrix: unlike an elementwise optimizer's, the momentum of a
-pruned weight has a part in the direction in which kept ones move.
+Orthogonalising mixes all weights of a matrix: the gradient of a pruned weight would have a part in
+the direction in which kept ones move. At 97 % zeros such parts are most of it, so the hooks keep
+those gradients back (`sparsity/hooks.py`): Muon works on the matrix of the kept weights' gradients.
 """
 
 from collections.abc import Iterable

@@ -32,6 +32,7 @@ from pipeline.training.checkpoint import (
 )
 from pipeline.training.exact_resume import load_buffer, repeat_draws, save_buffer
 from pipeline.training.heldout import HeldoutCallback
+from pipeline.training.muon import MuonAdamW
 from pipeline.training.progress import StageProgress
 from pipeline.training.safe_loading import allow_deepspeed, force_safe_loading
 from pipeline.training.skipped_steps import SkippedSteps
@@ -150,7 +151,12 @@ class SparsityCallback(TrainerCallback):
 
     def bind(self) -> None:
         """Puts the hooks on the optimizer."""
-        self.hooks = SparsityHooks(self.weights, self.state, self.sparsity.movement)
+        self.hooks = SparsityHooks(
+            self.weights,
+            self.state,
+            self.sparsity.movement,
+            zero_pruned_gradients=isinstance(self.weights.optimizer, MuonAdamW),
+        )
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Tells the hooks which step comes, from 1."""

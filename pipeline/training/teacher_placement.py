@@ -53,20 +53,39 @@ def place_teacher(
     if placement != "zero3":
         assert not in_pieces
         return model.to("cpu" if placement == "cpu" else accelerator.device)
+    dtype = str(model.dtype).removeprefix("torch.")
     plugin = accelerator.state.deepspeed_plugin
+    fault = placement_fault(placement, dtype, plugin, in_pieces=in_pieces)
+    if fault is not None:
+        raise UserError(fault)
+    return prepare_deepspeed(model, accelerator)
+
+
+def placement_fault(
+    placement: str, dtype: str, plugin: DeepSpeedPlugin | None, *, in_pieces: bool = False
+) -> str | None:
+    """Why a launch cannot place a teacher so; None where it can.
+
+    Args:
+        placement: One of `PLACEMENTS`.
+        dtype: The teacher's, `float32` or `bfloat16`.
+        plugin: DeepSpeed's settings; None without it.
+        in_pieces: Whether the teacher was loaded in pieces.
+    """
+    if placement != "zero3":
+        return None
     if plugin is None or plugin.zero_stage != 3:
-        raise UserError(
+        return (
             "teacher.placement: zero3: this run has no ZeRO-3 to share the teacher's weights out; "
             "launch with configs/accelerate/gpu_zero3.yaml, or set device or cpu instead"
         )
     computes_in = next((t for key, t in HALF if _is_on(plugin, key)), "float32")
-    dtype = str(model.dtype).removeprefix("torch.")
     if dtype != computes_in and (computes_in == "float32" or in_pieces):
-        raise UserError(
+        return (
             f"teacher.dtype: {dtype}: DeepSpeed computes in {computes_in} here and "
             f"teacher.placement is zero3; set {computes_in}, or teacher.placement: device, instead"
         )
-    return prepare_deepspeed(model, accelerator)
+    return None
 
 
 def _is_on(plugin: DeepSpeedPlugin, key: str) -> bool:

@@ -1,14 +1,18 @@
-"""Launcher settings that the sparsity engine cannot serve, refused before a model loads.
+"""Launcher settings that contradict the sparsity engine or the config, refused at start.
 
 The engine itself checks again what it finds (`sparsity/layouts.py`); here nothing has run yet, so
 nobody waits for a pruned model to learn that it cannot be trained.
 """
 
+import copy
+import os
+import re
 from typing import Any
 
 from accelerate.utils import DistributedType
 from pydantic import ValidationError
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from pipeline.errors import UserError
 
@@ -27,15 +31,27 @@ def check_topology(section: str, arguments: TrainingArguments, uses_muon: bool) 
     Raises:
         UserError: Every fault, one a line.
     """
-    faults = [*_optimizer_faults(section, arguments.optim.value)]
+    faults = [
+        *_optimizer_faults(section, arguments.optim.value),
+        *_precision_faults(section, arguments),
+    ]
     if arguments.distributed_state.distributed_type == DistributedType.FSDP:
         faults.append(
             "distributed_type: FSDP: torch shards the weights in a layout of its own; launch with "
             "DEEPSPEED and zero_stage 1, 2 or 3 (configs/accelerate/gpu_zero2.yaml)"
         )
+    if arguments.n_gpu > 1:
+        faults.append(
+            f"num_processes: 1: one process sees {arguments.n_gpu} GPUs and transformers would "
+            "copy the model to all of them in every step; launch one process per GPU "
+            f"(accelerate launch --multi_gpu --num_processes {arguments.n_gpu}), or set "
+            "CUDA_VISIBLE_DEVICES=0"
+        )
     plugin = arguments.deepspeed_plugin
     if plugin is not None:
         faults += _zero_faults(plugin.hf_ds_config.config.get("zero_optimization", {}))
+        if not faults:
+            faults += _mismatches(section, arguments)
         if uses_muon:
             faults.append(
                 f"{section}.muon_learning_rate: DeepSpeed's flat partitions hold no matrices to "
@@ -53,6 +69,36 @@ def _optimizer_faults(section: str, name: str) -> list[str]:
     else:
         return []
     return [f"{section}.optim: {name}: {why}; set adamw_torch_fused"]
+
+
+def _precision_faults(section: str, arguments: TrainingArguments) -> list[str]:
+    """The launcher's precision holds where the config switches its own off: then it says why."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched == "no" or arguments.bf16 or arguments.fp16:
+        return []
+    return [
+        f"{section}.bf16: false: the launcher's mixed_precision {launched} would compute in it all "
+        f"the same; set {section}.bf16: true, or mixed_precision: 'no' in the accelerate config, "
+        "instead"
+    ]
+
+
+def _mismatches(section: str, arguments: TrainingArguments) -> list[str]:
+    """Numbers that a DeepSpeed file fixes and the config says otherwise.
+
+    transformers compares them too, once the stage begins, after hours of other stages.
+    """
+    values = copy.deepcopy(arguments.deepspeed_plugin.hf_ds_config.config)
+    theirs = HfTrainerDeepSpeedConfig(values)
+    theirs.trainer_config_process(arguments)
+    faults = []
+    for text in theirs.mismatches:
+        there, value, key, wanted = re.fullmatch(r"- ds (\S+)=(.*) vs hf (.+)=(.*)", text).groups()
+        faults.append(
+            f"deepspeed_config.{there}: {value}: {section} has {key} {wanted} on "
+            f"{arguments.world_size} ranks; set auto, or {wanted}, instead"
+        )
+    return faults
 
 
 def _zero_faults(values: dict[str, Any]) -> list[str]:

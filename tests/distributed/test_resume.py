@@ -1,4 +1,4 @@
-"""Stopped and resumed on two ranks under ZeRO: bit for bit the straight run; pickles run no code."""
+"""Resumed on two ranks under ZeRO: bit for bit the straight run; pickles run no code."""
 
 import pytest
 

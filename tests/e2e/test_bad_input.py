@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 from launch.train import main
-from pipeline.models.loading import BUNDLED_MODEL
+from pipeline import lock
+from pipeline.models.paths import BUNDLED_MODEL
 
 QUICKSTART = ["--config", "configs/quickstart.yaml"]
 
@@ -70,6 +71,30 @@ def test_an_output_folder_that_is_a_file(capsys, tmp_path):
 
 
 def test_a_value_that_trl_refuses(capsys, tmp_path):
-    message = refused(capsys, tmp_path / "run", "--grpo.num_generations", "7")
+    message = refused(capsys, tmp_path / "run", "--grpo.log_completions_hub_repo", "a/b")
     assert message.startswith("error: grpo: ")
     assert not (tmp_path / "run").exists()
+
+
+def test_fewer_prompts_than_a_batch_asks_for(capsys, tmp_path):
+    message = refused(capsys, tmp_path / "run", "--task.num_train", "15")
+    assert message.startswith("error: grpo.generation_batch_size: 128: asks for 16 prompts")
+    assert "to 120 or less" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_run_into_one_folder_is_refused_and_touches_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "WAIT_SECONDS", 0.0)
+    (tmp_path / "exit_status").write_text("75\n")
+    owner = lock.take_lock(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    message = refused(capsys, tmp_path)
+    assert f"is in use by process {owner.process} on {owner.host}" in message
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_run_that_is_refused_later_gives_its_lock_back(capsys, tmp_path):
+    (tmp_path / "prune").mkdir()
+    (tmp_path / "prune" / "stage.json").write_text('{"inputs": {}, "done": true}')
+    assert "results of another config" in refused(capsys, tmp_path)
+    assert not (tmp_path / "lock").exists()

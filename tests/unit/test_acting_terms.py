@@ -32,7 +32,7 @@ CONFIGS = [
     for path in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
     if "grpo" in yaml.safe_load(path.read_text())
 ]
-NUM_CONFIGS = 4
+NUM_CONFIGS = 5
 SPARSITY = 0.5
 """By magnitude, at which the bundled model answers some prompts right and others wrong."""
 NUM_PROMPTS, GROUP_SIZE = 16, 8

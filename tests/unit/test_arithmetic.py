@@ -8,7 +8,8 @@ import torch
 from pipeline.data.arithmetic import generate_rows, solve
 from pipeline.data.tasks import load_task
 from pipeline.evaluation.accuracy import greedy_accuracy
-from pipeline.models.loading import BUNDLED_MODEL, load_model, load_tokenizer
+from pipeline.models.loading import load_model, load_tokenizer
+from pipeline.models.paths import BUNDLED_MODEL
 from pipeline.models.prunable import prunable_weights
 from pipeline.pruning.methods import prune_model
 from rewards.correctness import exact

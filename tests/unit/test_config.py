@@ -411,6 +411,16 @@ LORA = {"lora.r": 4, "movement.kept": "displacement"}
             "refine.regrow_fraction",
             "set 0",
         ),
+        (
+            {"distill.muon_learning_rate": 0.01, "refine.regrow_fraction": 0.1},
+            "movement.pruned",
+            "set negative_gradient",
+        ),
+        (
+            {"distill.muon_learning_rate": 0.01, "refine.score": "fisher"},
+            "refine.score",
+            "kept: squared",
+        ),
         ({"prune.method": "sparsegpt", "prune.scope": "model"}, "prune.scope", "set matrix, row"),
         (
             {"prune.method": "sparsegpt", "prune.redistribution": "proportional"},

@@ -76,12 +76,13 @@ def torch_optimizer(kind, parameters):
     return torch.optim.AdamW(parameters, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
 
 
-def bind(weight, mask, optimizer=None, **rule):
+def bind(weight, mask, optimizer=None, zero_pruned_gradients=False, **rule):
     optimizer = torch_optimizer(Adamw, [weight]) if optimizer is None else optimizer
     rule = MovementRule(**{"half_life_steps": HALF_LIFE} | rule)
     sharded = plain_shards({"w": weight}, optimizer)
     state = SparsityState.from_masks({"w": mask}, sharded, rule.dtype)
-    return optimizer, state, SparsityHooks(sharded, state, rule)
+    hooks = SparsityHooks(sharded, state, rule, zero_pruned_gradients=zero_pruned_gradients)
+    return optimizer, state, hooks
 
 
 @pytest.mark.parametrize("kind", [Adamw, Sgd])
@@ -197,6 +198,29 @@ def test_what_the_clipping_norm_does_to_an_observation(kept, pruned, factors):
         found.append(torch.stack([movement[mask].norm(), movement[~mask].norm()]))
     ratios = (found[1] / found[0]).tolist()
     assert ratios == pytest.approx(factors, rel=0.05)
+
+
+def test_muon_goes_where_it_would_without_the_pruned_gradients_which_are_observed_all_the_same():
+    generator = torch.Generator().manual_seed(3)
+    start, mask = (
+        torch.randn(6, 4, generator=generator),
+        torch.rand(6, 4, generator=generator) > 0.5,
+    )
+    gradients = torch.randn(3, 6, 4, generator=generator)
+    found = {}
+    for hidden in (True, False):  # by the hooks, or before they could see them
+        weight = nn.Parameter(start * mask)
+        optimizer = torch.optim.Muon([weight], lr=0.1)
+        rule = {"pruned": "negative_gradient", "zero_pruned_gradients": hidden}
+        _, state, _ = bind(weight, mask, optimizer, **rule)
+        for gradient in gradients:
+            weight.grad = gradient.clone() if hidden else gradient * mask
+            optimizer.step()
+        found[hidden] = weight.detach(), state.movement["w"].view(6, 4)
+    assert torch.equal(found[True][0], found[False][0])
+    assert torch.equal(found[True][1][mask], found[False][1][mask])
+    assert (found[True][1][~mask] != 0).all()
+    assert not found[False][1][~mask].any()
 
 
 def test_a_weight_without_gradient_is_neither_observed_nor_touched():

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 LEVELS = (  # imports run downwards only; rooms on one level do not know each other
     ("launch",),
+    ("pipeline.doctor",),
     ("pipeline.run",),
     ("pipeline.stages",),
     ("pipeline.pruning", "pipeline.training", "pipeline.export"),
@@ -26,6 +27,7 @@ LEVELS = (  # imports run downwards only; rooms on one level do not know each ot
         "pipeline.sparsity",
         "pipeline.data",
         "pipeline.artifacts",
+        "pipeline.lock",
         "pipeline.config",
         "pipeline.ranks",
         "rewards",
@@ -59,6 +61,7 @@ MAY_IMPORT = {  # room: all it may import from other people
     "pipeline.stopping": set(),
     "pipeline.config": {"annotated_types", "pydantic", "pydantic_core", "yaml"},
     "pipeline.artifacts": set(),
+    "pipeline.lock": set(),
     "pipeline.ranks": {"torch", "accelerate"},
 }
 

@@ -13,7 +13,8 @@ from launch import make_model
 from launch.models import arithmetic, text
 from launch.models.length_batches import length_batches
 from pipeline.data.tasks import split_of
-from pipeline.models.loading import BUNDLED_MODEL, check_same_tokenizer, load_model, load_tokenizer
+from pipeline.models.loading import check_same_tokenizer, load_model, load_tokenizer
+from pipeline.models.paths import BUNDLED_MODEL
 from pipeline.models.prompts import encode_answer, encode_prompt
 
 HELD_OUT_WORD = "zyzzyva"

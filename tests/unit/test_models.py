@@ -9,11 +9,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 from pipeline.errors import UserError
 from pipeline.models.loading import (
-    BUNDLED_MODEL,
     check_same_tokenizer,
     load_model,
     load_tokenizer,
 )
+from pipeline.models.paths import BUNDLED_MODEL
 from pipeline.models.prompts import encode_prompt, format_prompt
 from pipeline.models.prunable import apply_masks, measured_sparsity, prunable_weights
 from pipeline.models.teacher import completion_log_probs

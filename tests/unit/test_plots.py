@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from pipeline.evaluation import training_plots
+from pipeline.evaluation.movement_plot import movement_histogram, plot_movement
 from pipeline.evaluation.plots import plot_accuracy, plot_layer_sparsity, plot_perplexity
-from pipeline.evaluation.training_plots import movement_histogram, plot_movement, plot_training
+from pipeline.evaluation.training_plots import plot_training
 
 ACCURACY = {"teacher": 0.97, "dense": 0.96, "pruned": 0.01, "student": 0.93}
 MATRICES = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
@@ -147,13 +148,23 @@ def test_movement_histogram_counts_every_weight_once():
 def test_movement(path):
     kept = movement_histogram([torch.tensor([1e-3, 2e-3, 3e-3, -1e-4])])
     pruned = movement_histogram([torch.tensor([5.0, -7.0, 0.0])])
-    title = plot_movement({"kept": kept, "pruned": pruned}, path=path)
+    title = plot_movement({"gradient": kept, "proposed": pruned}, path=path)
     expected = "Training pushes 75.0 % of the kept weights away from zero, 25.0 % towards it"
     assert title == expected
     assert_picture(path)
 
 
 def test_movement_where_nothing_moved_and_nothing_is_pruned(path):
-    histograms = {"kept": movement_histogram([torch.zeros(5)]), "pruned": movement_histogram([])}
+    histograms = {
+        "displacement": movement_histogram([torch.zeros(5)]),
+        "negative_gradient": movement_histogram([]),
+    }
     plot_movement(histograms, path=path)
+    assert_picture(path)
+
+
+def test_squared_movement_says_where_half_of_it_is(path):
+    kept = movement_histogram([torch.tensor([1.0, 1.0, 0.5, 0.25, 0.25])])
+    title = plot_movement({"squared": kept, "proposed": movement_histogram([])}, path=path)
+    assert title == "Half of the squared movement is in 40.0 % of the kept weights"
     assert_picture(path)

@@ -17,7 +17,12 @@ from pipeline.config_loading import load_config
 
 ROOT = Path(__file__).parents[2]
 
-NUM_CONFIGS = {"configs": 6, "configs/accelerate": 5, "configs/benchmark": 2}
+NUM_CONFIGS = {
+    "configs": 7,
+    "configs/accelerate": 7,
+    "configs/benchmark": 2,
+    "configs/grid": 2,
+}
 
 MACHINE_PATH = re.compile(r"(?<![\w.~}*<-])/(?:home|root|Users|work|opt|tmp|scratch|public)/\w")
 
@@ -38,7 +43,7 @@ def test_accelerate_accepts_topology(path):
     stage = re.search(r"zero(\d)", path.stem)
     assert topology.use_cpu == path.stem.startswith("cpu")
     assert topology.deepspeed_config.get("zero_stage") == (int(stage[1]) if stage else None)
-    assert topology.num_processes == {"cpu": 2, "gpu": 8}.get(path.stem[:3], 1)
+    assert topology.num_processes == {"cpu": 2, "gpu": 8, "nod": 16}.get(path.stem[:3], 1)
 
 
 def test_every_config_is_looked_at():

@@ -1,0 +1,242 @@
+"""One config under rows of changed keys x sparsities x seeds, each a run of its own.
+
+    python launch/grid.py --config configs/grid/refinement.yaml --output_dir runs/refinement
+
+A cell is `launch/train.py` with the keys of its row, in a run folder of its own, and then a small
+JSON file under `cells/`. A cell that is there is kept as long as its command is the same; one that
+was cut off goes on where it was, and `--known` takes cells from the `grid.json` of another machine.
+That file holds all cells in the form of a sweep, from which `launch/results.py` makes tables.
+`OMP_NUM_THREADS` sets the threads of each run.
+
+`recovered` of a cell is the student at the end of its run and `pruned` the one-shot student. Its
+sparsity is what it has fewer weights than the teacher, all of them counted, over the teacher's
+prunable ones: for a sparse student its fraction of zeros, and a smaller dense one has a place too.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Python puts launch/ on the path, not its parent, which holds the packages of a plain clone.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pydantic import ConfigDict
+
+from launch.typed_yaml import read_typed
+from pipeline.artifacts import RunFolder, git_commit, hash_json, write_json
+from pipeline.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+BAD_INPUT = 2
+REPORT_FILE = "report.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """What is run. Values are as on the command line; `{level}` in one stands for the sparsity."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    title: str
+    config: Path
+    """Of every run, relative to the repository."""
+    keys: dict[str, Any]
+    """SECTION.KEY to value, of every run."""
+    levels: list[float]
+    """Values of `prune.sparsity`."""
+    seeds: list[int]
+    """Values of `run.seed`."""
+    headline: str
+    """Row that the others are compared with."""
+    rows: dict[str, dict[str, Any]]
+    """Label to the keys that make the row; they win over all others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellPlan:
+    """One run: where it stands in the grid, its folders, and what the command line adds."""
+
+    row: str
+    level: float
+    seed: int
+    root: Path
+    arguments: list[str]
+
+    @property
+    def name(self) -> str:
+        """A file name that no other cell of the grid has."""
+        return f"{hash_json(self.row)[:8]}-{self.level:g}-{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """The run folder; another one for another command."""
+        return self.root / "runs" / f"{self.name}-{hash_json(self.arguments)[:8]}"
+
+    @property
+    def result(self) -> Path:
+        """The cell's file."""
+        return self.root / "cells" / f"{self.name}.json"
+
+
+def plan(grid: Grid, root: Path) -> list[CellPlan]:
+    """All cells, seeds outermost, so that an early end leaves whole comparisons."""
+    return [
+        CellPlan(
+            row=row, level=level, seed=seed, root=root, arguments=_arguments(grid, row, level, seed)
+        )
+        for seed in grid.seeds
+        for level in grid.levels
+        for row in grid.rows
+    ]
+
+
+def _arguments(grid: Grid, row: str, level: float, seed: int) -> list[str]:
+    values = {"run.seed": seed, "prune.sparsity": level} | grid.keys | grid.rows[row]
+    words = [
+        word
+        for key, value in values.items()
+        for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
+    ]
+    return [word.replace("{level}", f"{level:g}") for word in words]
+
+
+def is_measured(cell: CellPlan) -> bool:
+    """Whether the cell's file is there, from the same command."""
+    path = cell.result
+    return path.exists() and json.loads(path.read_text())["command"] == cell.arguments
+
+
+def take_known(cells: list[CellPlan], known: Path) -> None:
+    """Writes the files of cells that stand in a `grid.json`, where the command is the same.
+
+    Raises:
+        UserError: There is no such file.
+    """
+    if not known.exists():
+        raise UserError(f"--known: {known}: no such file; set a grid.json, or leave it out")
+    found = {tuple(cell["command"]): cell for cell in json.loads(known.read_text())["cells"]}
+    for cell in cells:
+        if tuple(cell.arguments) in found and not is_measured(cell):
+            write_json(cell.result, found[tuple(cell.arguments)])
+
+
+def run_cell(grid: Grid, cell: CellPlan) -> None:
+    """Runs a cell, up to its report.
+
+    Raises:
+        UserError: The run failed; its own message stands in its log.
+    """
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(grid.config)]
+    log = cell.root / "logs" / f"{cell.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as output:
+        done = subprocess.run(
+            [*command, "--output_dir", str(cell.folder.resolve()), *cell.arguments],
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    if done.returncode != 0:
+        raise UserError(f"{cell.row} at {cell.level:g}, seed {cell.seed}: failed; see {log}")
+
+
+def measure(cell: CellPlan) -> dict[str, Any]:
+    """The cell's file, from the report of its run."""
+    report = json.loads((cell.folder / REPORT_FILE).read_text())
+    return {
+        "row": cell.row,
+        "prune": {},
+        "sparsity": cell.level,
+        "seed": cell.seed,
+        "measured_sparsity": _sparsity(RunFolder.open(cell.folder)),
+        "pruned": _model(report, "pruned"),
+        "recovered": _model(report, "student"),
+        "timing": report["timing"],
+        "git_commit": git_commit(),
+        "command": cell.arguments,
+    }
+
+
+def _model(report: dict[str, Any], name: str) -> dict[str, float | None]:
+    sections = {"accuracy": "accuracy", "kl": "kl_to_teacher", "perplexity": "perplexity"}
+    found = {key: report.get(section, {}).get(name) for key, section in sections.items()}
+    return {key: value for key, value in found.items() if value is not None or key == "kl"}
+
+
+def _sparsity(folder: RunFolder) -> float:
+    """(weights of the teacher - non-zero weights of the student) / prunable ones of the teacher.
+
+    Weights outside the prunable ones count whatever they are.
+    """
+    from transformers.utils.logging import disable_progress_bar  # it and torch take seconds
+
+    from pipeline.config_loading import load_config
+    from pipeline.models.loading import load_model
+    from pipeline.models.prunable import prunable_weights
+    from pipeline.stages.inputs import stage_before
+
+    disable_progress_bar()
+    last = folder.stage(stage_before(folder, "evaluate")) / "model"
+    student = load_model(str(last))
+    teacher = load_model(load_config(folder.root / "config.yaml", {}).teacher.path)
+    all_weights = [sum(p.numel() for p in model.parameters()) for model in (teacher, student)]
+    zeros = sum(int((weight == 0).sum()) for weight in prunable_weights(student).values())
+    prunable = sum(weight.numel() for weight in prunable_weights(teacher).values())
+    return (all_weights[0] - (all_weights[1] - zeros)) / prunable
+
+
+def _summary(measured: dict[str, Any]) -> str:
+    found = measured["recovered"]
+    return (
+        f"{measured['row']} at {measured['sparsity']:g}, seed {measured['seed']}: accuracy "
+        f"{found['accuracy']:.4f}, KL {found['kl']:.4f}, sparsity "
+        f"{measured['measured_sparsity']:.4f}, {sum(measured['timing'].values()):.0f} s"
+    )
+
+
+def collect(grid: Grid, cells: list[CellPlan], output: Path) -> None:
+    """Writes the cells that are there in the form of a sweep, rows in order."""
+    order = {row: place for place, row in enumerate(grid.rows)}
+    found = [json.loads(cell.result.read_text()) for cell in cells if cell.result.exists()]
+    found.sort(key=lambda cell: (order[cell["row"]], cell["sparsity"], cell["seed"]))
+    description = {"title": grid.title, "headline_row": grid.headline, "config": str(grid.config)}
+    write_json(output, {"description": description, "reference": {}, "cells": found})
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a grid. Returns the exit status: 2 when the user has something to mend."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", type=Path, required=True, help="a file of configs/grid/")
+    parser.add_argument("--output_dir", type=Path, required=True, help="of runs, cells and logs")
+    parser.add_argument("--known", type=Path, help="a grid.json whose cells need not be run again")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    arguments = parser.parse_args(argv)
+    try:
+        grid = read_typed(arguments.config, Grid, "rows, levels and seeds")
+        cells = plan(grid, arguments.output_dir)
+        (arguments.output_dir / "cells").mkdir(parents=True, exist_ok=True)
+        if arguments.known is not None:
+            take_known(cells, arguments.known)
+        waiting = [cell for cell in cells if not is_measured(cell)]
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            runs = pool.map(lambda cell: run_cell(grid, cell), waiting)
+            for cell, _ in zip(waiting, runs, strict=True):
+                measured = measure(cell)
+                write_json(cell.result, measured)
+                print(_summary(measured), flush=True)
+                collect(grid, cells, arguments.output_dir / "grid.json")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""One run to a folder: a file `lock` that names the host and the process that write there.
+
+Created with O_EXCL, which is atomic on local disks and on NFS since version 3. A lock whose owner
+is gone is stale and taken over: its host is this one and its process has ended (the start time in
+/proc tells it from a later process of the same number), or it was written by an earlier start of
+this same Slurm job, which Slurm has ended before it requeued the job. Whoever takes a stale lock
+over holds `flock` on it meanwhile, so that of two that try only one removes it.
+
+The owner may still be ending, such as a worker that saves after its launcher was killed: so the
+next start waits before it refuses. A lock that stays empty so long had an owner that died between
+creating and writing it, and is stale too.
+
+Left out: whether a process of another host lives; containers that share a host's name are one host.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipeline.errors import UserError
+
+LOCK_FILE = "lock"
+WAIT_SECONDS = 60.0
+POLL_SECONDS = 0.5
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds a lock."""
+
+    host: str
+    process: int
+    started: str
+    """Start of the process in clock ticks since boot; empty where there is no /proc."""
+    job: str
+    """Slurm's job, empty outside."""
+    restarts: int
+    """How often Slurm has requeued it."""
+    since: str
+
+    @classmethod
+    def me(cls) -> "Owner":
+        """This process."""
+        return cls(
+            host=socket.gethostname(),
+            process=os.getpid(),
+            started=_start_of(os.getpid()) or "",
+            job=os.environ.get("SLURM_JOB_ID", ""),
+            restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+            since=time.strftime("%Y-%m-%d %H:%M:%S"),
+        )
+
+    def is_gone(self, me: "Owner") -> bool:
+        """Whether this owner has certainly ended."""
+        if self.host == me.host and _start_of(self.process) != self.started:
+            return True
+        return bool(self.job) and self.job == me.job and self.restarts < me.restarts
+
+
+def take_lock(folder: Path) -> Owner:
+    """Makes this process the only one that writes into a run folder.
+
+    Args:
+        folder: It exists.
+
+    Returns:
+        What `release_lock` wants back.
+
+    Raises:
+        UserError: Another process has the lock and kept it for `WAIT_SECONDS`.
+    """
+    path, me = folder / LOCK_FILE, Owner.me()
+    deadline, is_said = time.monotonic() + WAIT_SECONDS, False
+    while not _create(path, me):
+        owner = _read(path)
+        is_over = time.monotonic() >= deadline
+        if (owner and owner.is_gone(me)) or (owner is None and is_over):
+            if _remove_stale(path, owner):
+                logger.warning("%s: its owner is gone (%s), taken over", path, _text(owner))
+            continue
+        if is_over:
+            raise UserError(
+                f"--output_dir: {str(folder)!r} is in use by {_text(owner)}; wait until it ends, "
+                f"or set another --output_dir; if nothing runs there, delete {path}"
+            )
+        if owner and not is_said:
+            logger.warning(
+                "%s: held by %s; waiting %.0f s for it to end", path, _text(owner), WAIT_SECONDS
+            )
+            is_said = True
+        time.sleep(POLL_SECONDS)
+    return me
+
+
+def release_lock(folder: Path, me: Owner) -> None:
+    """Gives the lock back, unless it is another's by now."""
+    path = folder / LOCK_FILE
+    if _read(path) == me:
+        path.unlink(missing_ok=True)
+
+
+def _create(path: Path, me: Owner) -> bool:
+    """Writes the lock where there is none."""
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        return False
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(json.dumps(asdict(me)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:  # a full disk
+        path.unlink(missing_ok=True)
+        raise
+    return True
+
+
+def _read(path: Path) -> Owner | None:
+    """The owner of a lock; None where it is gone, or not written yet."""
+    try:
+        return Owner(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _remove_stale(path: Path, owner: Owner | None) -> bool:
+    """Removes a lock unless it is another one by now. Whether this process did."""
+    try:
+        with path.open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_same = os.fstat(file.fileno()).st_ino == path.stat().st_ino
+            if not is_same or _read(path) != owner:
+                return False
+            path.unlink()
+            return True
+    except OSError:  # removed, or just being removed, by another
+        time.sleep(POLL_SECONDS)
+        return False
+
+
+def _start_of(process: int) -> str | None:
+    """Start time of a process that runs, empty where there is no /proc; None where it has ended."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:  # another user's
+        pass
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None if Path("/proc/self").exists() else ""
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def _text(owner: Owner | None) -> str:
+    if owner is None:
+        return "a process that has not said its name"
+    return f"process {owner.process} on {owner.host} since {owner.since}"

@@ -1,0 +1,81 @@
+"""A grid of whole runs: which cells there are, what each is told, and how they are put together."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch.grid import Grid, collect, is_measured, plan, take_known
+from launch.typed_yaml import read_typed
+
+ROOT = Path(__file__).parents[2]
+GRID = Grid(
+    title="t",
+    config=Path("c.yaml"),
+    keys={"run.stages": ["prune"], "distill.max_steps": 5},
+    levels=[0.5, 0.95],
+    seeds=[3, 1],
+    headline="b",
+    rows={"b": {}, "a": {"prune.sparsity": 0, "distill.max_steps": 9, "student.path": "d/{level}"}},
+)
+
+
+def test_seeds_are_outermost_and_a_row_wins_over_everything(tmp_path):
+    cells = plan(GRID, tmp_path)
+    assert [(cell.seed, cell.level, cell.row) for cell in cells] == [
+        (seed, level, row) for seed in (3, 1) for level in (0.5, 0.95) for row in ("b", "a")
+    ]
+    words = cells[3].arguments
+    told = dict(zip(words[::2], words[1::2], strict=True))
+    assert told == {
+        "--run.seed": "3",
+        "--prune.sparsity": "0",
+        "--run.stages": '["prune"]',
+        "--distill.max_steps": "9",
+        "--student.path": "d/0.95",
+    }
+
+
+def test_every_cell_has_its_own_files_and_another_command_another_run_folder(tmp_path):
+    cells = plan(GRID, tmp_path)
+    assert len({cell.result for cell in cells}) == len({cell.folder for cell in cells}) == 8
+    changed = plan(Grid(**vars(GRID) | {"keys": {"distill.max_steps": 6}}), tmp_path)
+    assert changed[0].result == cells[0].result
+    assert changed[0].folder != cells[0].folder
+
+
+def test_cells_are_collected_in_the_order_of_the_rows(tmp_path):
+    cells = plan(GRID, tmp_path)
+    for cell in cells[1:]:
+        cell.result.parent.mkdir(exist_ok=True)
+        values = {"row": cell.row, "sparsity": cell.level, "seed": cell.seed}
+        cell.result.write_text(json.dumps(values))
+    collect(GRID, cells, tmp_path / "grid.json")
+    found = json.loads((tmp_path / "grid.json").read_text())
+    assert found["description"]["headline_row"] == "b"
+    assert [(c["row"], c["sparsity"], c["seed"]) for c in found["cells"]] == [
+        ("b", 0.5, 1), ("b", 0.95, 1), ("b", 0.95, 3),
+        ("a", 0.5, 1), ("a", 0.5, 3), ("a", 0.95, 1), ("a", 0.95, 3),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs/grid").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_a_shipped_grid_is_whole(path):
+    grid = read_typed(path, Grid, "rows")
+    assert (ROOT / grid.config).exists()
+    assert grid.headline in grid.rows
+
+
+def test_known_cells_are_taken_where_the_command_is_the_same(tmp_path):
+    cells = plan(GRID, tmp_path)
+    cells[0].result.parent.mkdir()
+    cell = {"row": "b", "sparsity": 0.5, "seed": 3}
+    known = [
+        cell | {"command": cells[0].arguments},
+        cell | {"command": [*cells[1].arguments, "--a", "1"]},
+    ]
+    (tmp_path / "known.json").write_text(json.dumps({"cells": known}))
+    take_known(cells, tmp_path / "known.json")
+    assert [is_measured(cell) for cell in cells] == [True] + [False] * 7
