@@ -210,9 +210,9 @@ def train(
         sparsity.resume(checkpoint)
     adapted = lora_layers(trainer.accelerator.unwrap_model(trainer.model))
     trainer.add_sparsity(sparsity, LoraSparsityCallback if adapted else SparsityCallback)
+    trainer.add_callback(Pace(sparsity.stage, trainer.accelerator.num_processes))
     agreement = StepAgreement(config.run.save_minutes)
     trainer.add_callback(agreement)
-    trainer.add_callback(Pace(sparsity.stage, trainer.accelerator.num_processes))
     heldout = _heldout(config, inputs, trainer, out)
     if heldout is not None:
         heldout.resume(checkpoint)

@@ -36,8 +36,12 @@ def save_buffer(trainer: Trainer, checkpoint: Path) -> None:
 def load_buffer(trainer: Trainer, checkpoint: Path) -> None:
     """Puts back what `save_buffer` wrote. Every rank calls it."""
     if hasattr(trainer, "_buffered_inputs"):
-        path = checkpoint / FILE_NAME.format(rank=rank())
-        state = torch.load(path, map_location=trainer.accelerator.device, weights_only=True)
+        device = trainer.accelerator.device
+        state = torch.load(
+            checkpoint / FILE_NAME.format(rank=rank()),
+            map_location="cpu" if device.type == "cpu" else device,  # torch knows no cpu:0 here
+            weights_only=True,
+        )
         trainer._step, trainer._buffered_inputs = state["step"], state["buffer"]
 
 

@@ -1,4 +1,4 @@
-"""Resumed on two ranks under ZeRO: bit for bit the straight run; pickles run no code."""
+"""Stopped and resumed on two ranks under ZeRO: the straight run bit for bit; no pickle is run."""
 
 import pytest
 

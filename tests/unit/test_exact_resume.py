@@ -5,7 +5,7 @@ import pytest
 from tests.unit.resumable_runs import STAGES, differences, run
 
 STOPS = (1, 4, 6)
-"""Inside a pass over the data, at its end, after it; of grpo inside a generation batch too."""
+"""Inside a pass over the data, at the end of one, and after one; of grpo inside a batch too."""
 
 
 @pytest.mark.parametrize("stage", STAGES)
