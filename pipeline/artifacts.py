@@ -21,7 +21,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 
-STAGES = ("prune", "distill", "on_policy", "grpo", "evaluate", "sweep")
+STAGES = ("prune", "distill", "on_policy", "grpo", "evaluate", "export", "sweep")
 RECORD_FILE = "stage.json"
 MASK_FILE = "mask.safetensors"
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "deepspeed")

@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from pipeline.errors import UserError
 
-STAGES = ("prune", "distill", "on_policy", "grpo", "evaluate", "sweep")
+STAGES = ("prune", "distill", "on_policy", "grpo", "evaluate", "export", "sweep")
 TRAINING_STAGES = ("distill", "on_policy", "grpo")
 VERIFIERS = ("exact", "numeric", "gsm8k", "math")
 REWARDS = ("correctness", "format")
@@ -105,11 +105,11 @@ class RunConfig(_Section):
     seed: int = Field(42, ge=0, lt=2**32)
     """Seed of every random choice: data, sampling, training, ties in random masks."""
     stages: Annotated[
-        list[Literal["prune", "distill", "on_policy", "grpo", "evaluate", "sweep"]],
+        list[Literal["prune", "distill", "on_policy", "grpo", "evaluate", "export", "sweep"]],
         AfterValidator(_in_order),
     ] = Field(["prune", "distill", "grpo", "evaluate"], min_length=1)
     """Stages to run, in this order; `--stages a,b` is short for it; on_policy, between distill and
-    grpo, runs where it is named; sweep runs alone."""
+    grpo, and export run where they are named; sweep runs alone."""
     save_minutes: float | None = Field(None, gt=0)
     """Save a checkpoint of a training stage when the last one is this old, besides every save_steps
     optimizer steps; null saves by steps only."""
@@ -378,6 +378,16 @@ class EvaluateConfig(_Section):
     """Tokens scored of each such window; the others are context."""
 
 
+class ExportConfig(_Section):
+    """The final student as other software loads it; read by the stage export."""
+
+    formats: list[Literal["hf", "packed"]] = Field(["hf", "packed"], min_length=1)
+    """hf: an ordinary Hugging Face folder with zeros; packed: a mask bit per prunable weight and
+    the kept values, for pipeline.export.packed.load. Each is loaded again and compared."""
+    dtype: Dtype | None = None
+    """Type of the exported weights; null is student.dtype."""
+
+
 class SweepConfig(_Section):
     """Many one-shot students side by side: rows x levels x seeds."""
 
@@ -410,6 +420,7 @@ class Config(_Section):
     refine: RefineConfig = RefineConfig()
     lora: LoraConfig = LoraConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    export: ExportConfig = ExportConfig()
     sweep: SweepConfig = SweepConfig()
 
     @property

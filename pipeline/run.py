@@ -37,7 +37,7 @@ from pipeline.lock import release_lock, take_lock
 from pipeline.models.paths import resolve_model
 from pipeline.ranks import is_main, join_ranks, on_main, stop_together, world_size
 from pipeline.rules.batches import prompt_fault
-from pipeline.stages import distill, evaluate, grpo, on_policy, prune, sweep
+from pipeline.stages import distill, evaluate, export, grpo, on_policy, prune, sweep
 from pipeline.stages.inputs import TaskInputs, check_teacher, model_fingerprint, open_task
 from pipeline.stages.training import end_step, max_steps, refining_stages
 from pipeline.stopping import STATUS, Stopped, acting
@@ -45,7 +45,12 @@ from pipeline.training.arguments import check_trl_values
 from pipeline.training.safe_loading import force_safe_loading
 from pipeline.training.trackers import keep_tracker_run, uses_tracker
 
-ON_RANK_0 = {"prune": prune.run, "evaluate": evaluate.run, "sweep": sweep.run}
+ON_RANK_0 = {
+    "prune": prune.run,
+    "evaluate": evaluate.run,
+    "export": export.run,
+    "sweep": sweep.run,
+}
 ON_EVERY_RANK = {"distill": distill.run, "on_policy": on_policy.run, "grpo": grpo.run}
 
 SECTIONS_READ = {
@@ -54,6 +59,7 @@ SECTIONS_READ = {
     "on_policy": ("teacher", "task", "on_policy", "movement", "refine"),
     "grpo": ("teacher", "task", "grpo", "rewards", "movement", "refine", "lora"),
     "evaluate": ("student", "teacher", "task", "evaluate"),
+    "export": ("student", "teacher", "export"),
     "sweep": ("student", "teacher", "task", "calibration", "prune", "distill", "evaluate", "sweep"),
 }
 """Config sections whose keys are inputs of a stage."""
@@ -65,6 +71,7 @@ KEYS_READ = {
     "on_policy": (("prune", "sparsity"), *_HELDOUT),
     "grpo": (("prune", "sparsity"), *_HELDOUT),
     "evaluate": (("prune", "sparsity"),),
+    "export": (("prune", "method"), ("prune", "redistribution")),
     "sweep": (),
 }
 """Single keys of other sections that are inputs too."""
@@ -263,13 +270,13 @@ def stage_to_redo(config: Config, folder: RunFolder, resume: str) -> str | None:
 def _comparable(inputs: dict[str, Any], stage: str, done: bool) -> dict[str, Any]:
     """Inputs whose change is a conflict.
 
-    `max_steps` of an unfinished stage may be raised, a report is made anew when a stage before it
-    has run since, and a sweep knows which of its cells a change concerns.
+    `max_steps` of an unfinished stage may be raised, report and export are made anew when a stage
+    before them has run since, and a sweep knows which of its cells a change concerns.
     """
     if stage == "sweep":
         return {}
     ignored = {f"{stage}.max_steps"} if not done else set()
-    if stage == "evaluate":
+    if stage in ("evaluate", "export"):
         ignored.add("files of earlier stages")
     return {key: value for key, value in inputs.items() if key not in ignored}
 
@@ -316,8 +323,9 @@ def open_inputs(config: Config) -> TaskInputs:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """Hashes of what later stages read: the model's weights and the mask."""
+    """Hashes of what later stages read: the model's weights, the mask, and what was measured."""
     files = [*folder.glob("model/*.safetensors"), *folder.glob("mask.safetensors")]
+    files += folder.glob("metrics.json")
     return {str(file.relative_to(folder)): hash_file(file) for file in sorted(files)}
 
 

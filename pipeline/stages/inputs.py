@@ -128,6 +128,21 @@ def stage_before(folder: RunFolder, stage: str) -> str | None:
     return next((name for name in reversed(earlier) if folder.is_done(name)), None)
 
 
+def student_source(folder: RunFolder, stage: str) -> Path:
+    """The folder of the last finished stage before `stage`: its student is in `model/`.
+
+    Raises:
+        UserError: There is none.
+    """
+    before = stage_before(folder, stage)
+    if before is None:
+        raise UserError(
+            f"run.stages: {stage} needs a pruned student and {folder.root} holds none; set "
+            f"--stages prune,{stage}"
+        )
+    return folder.stage(before)
+
+
 def open_student(config: Config, folder: RunFolder, stage: str) -> tuple[PreTrainedModel, Path]:
     """Loads the model that the stage before left.
 
@@ -139,13 +154,7 @@ def open_student(config: Config, folder: RunFolder, stage: str) -> tuple[PreTrai
     Raises:
         UserError: No stage before this one has finished.
     """
-    before = stage_before(folder, stage)
-    if before is None:
-        raise UserError(
-            f"run.stages: {stage} needs a pruned student and {folder.root} holds none; set "
-            f"--stages prune,{stage}"
-        )
-    source = folder.stage(before)
+    source = student_source(folder, stage)
     return load_model(str(source / "model"), dtype=config.student.dtype), source
 
 
