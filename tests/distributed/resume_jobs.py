@@ -45,7 +45,7 @@ def load_planted(rank, world_size, layout, stage, folder) -> bool:
         for path in checkpoint.rglob("*optim_states.pt"):
             torch.save({"optimizer_state_dict": Planted(folder / "ran")}, path)
     dist.barrier()
-    with pytest.raises(UserError, match=r"optim_states\.pt holds pathlib"):
+    with pytest.raises(UserError, match=r"optim_states\.pt holds .*pathlib"):
         refuse_code(checkpoint)
     options = {"world_size": world_size, **deepspeed_arguments(layout)}
     with pytest.raises(pickle.UnpicklingError):

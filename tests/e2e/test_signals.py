@@ -16,12 +16,10 @@ STOPS = (
 
 def test_a_run_stopped_in_each_stage_ends_with_75_and_then_as_an_undisturbed_one(tmp_path):
     out = tmp_path / "run"
-    for message, number in STOPS:
+    unlaunched = [sys.executable, *command("configs/quickstart.yaml", out)[3:]]
+    for message, number in STOPS:  # to the run itself: SIGTERM ends accelerate's launcher
         process = subprocess.Popen(
-            [
-                sys.executable,
-                *command("configs/quickstart.yaml", out)[3:],
-            ],  # SIGTERM ends accelerate
+            unlaunched,
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
