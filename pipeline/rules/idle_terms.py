@@ -23,7 +23,6 @@ MIN_DIFFERENCE = 0.01
 LOOKS_AROUND = re.compile(r"[\^$]|\\[AZbB]|\(\?<?[=!]")
 
 GREEDY = {
-    "temperature": lambda value: value == 0,
     "top_k": lambda value: value == 1,
     "top_p": lambda value: value == 0,
     "min_p": lambda value: value >= 1,

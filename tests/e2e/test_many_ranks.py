@@ -78,6 +78,7 @@ def test_a_lora_student_generates_and_trains_in_pieces(tmp_path):
             "run.stages": "[prune, grpo]",
             "lora.r": 2,
             "movement.kept": "displacement",
+            "movement.pruned": "proposed",
             "movement.dtype": "float32",
             "grpo.max_steps": 5,
             "refine.every_steps": 2,

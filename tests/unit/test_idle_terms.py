@@ -41,11 +41,10 @@ def faults(overrides):
             r"all of a prompt; set one that some do not match, for example \A[0-9]+\Z, instead",
         ),
         (
-            {"grpo.temperature": 0},
-            "grpo.temperature: 0: all completions of a prompt would be the same, and every reward "
-            "with them; leave it out instead",
+            {"grpo.top_k": 1},
+            "grpo.top_k: 1: all completions of a prompt would be the same, and every reward with "
+            "them; leave it out instead",
         ),
-        ({"grpo.top_k": 1}, "grpo.top_k: 1: all completions"),
         ({"grpo.top_p": 0.0}, "grpo.top_p: 0.0: all completions"),
         ({"grpo.min_p": 1.0}, "grpo.min_p: 1.0: all completions"),
         (
@@ -73,7 +72,7 @@ def faults(overrides):
             "instead",
         ),
         (
-            MASKS | {"grpo.num_generations": 3},
+            MASKS | {"grpo.num_generations": 3, "grpo.per_device_train_batch_size": 12},
             "grpo.num_generations: 3: grpo.num_masks 2 samples one half of a group under either "
             "mask; set 4, or grpo.num_masks: 1, instead",
         ),
