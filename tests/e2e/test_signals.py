@@ -24,6 +24,7 @@ def test_a_run_stopped_in_each_stage_ends_with_75_and_then_as_an_undisturbed_one
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=_hear_interrupts,
         )
         for line in process.stderr:
             if message in line:
@@ -39,3 +40,8 @@ def test_a_run_stopped_in_each_stage_ends_with_75_and_then_as_an_undisturbed_one
     assert done.returncode == 0, done.stderr[-3000:]
     assert (out / "exit_status").read_text() == "0\n"
     assert (out / "report.json").exists()
+
+
+def _hear_interrupts():
+    """A test run in the background may have been told to ignore them, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
