@@ -202,9 +202,9 @@ def _summary(measured: dict[str, Any]) -> str:
 
 
 def collect(grid: Grid, cells: list[CellPlan], output: Path) -> None:
-    """Writes the cells that are there in the form of a sweep, rows in order."""
+    """Writes the cells that are measured in the form of a sweep, rows in order."""
     order = {row: place for place, row in enumerate(grid.rows)}
-    found = [json.loads(cell.result.read_text()) for cell in cells if cell.result.exists()]
+    found = [json.loads(cell.result.read_text()) for cell in cells if is_measured(cell)]
     found.sort(key=lambda cell: (order[cell["row"]], cell["sparsity"], cell["seed"]))
     description = {"title": grid.title, "headline_row": grid.headline, "config": str(grid.config)}
     write_json(output, {"description": description, "reference": {}, "cells": found})
@@ -225,6 +225,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.known is not None:
             take_known(cells, arguments.known)
         waiting = [cell for cell in cells if not is_measured(cell)]
+        collect(grid, cells, arguments.output_dir / "grid.json")
         with ThreadPoolExecutor(arguments.jobs) as pool:
             runs = pool.map(lambda cell: run_cell(grid, cell), waiting)
             for cell, _ in zip(waiting, runs, strict=True):

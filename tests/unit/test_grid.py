@@ -49,6 +49,7 @@ def test_cells_are_collected_in_the_order_of_the_rows(tmp_path):
     for cell in cells[1:]:
         cell.result.parent.mkdir(exist_ok=True)
         values = {"row": cell.row, "sparsity": cell.level, "seed": cell.seed}
+        values["command"] = cell.arguments
         cell.result.write_text(json.dumps(values))
     collect(GRID, cells, tmp_path / "grid.json")
     found = json.loads((tmp_path / "grid.json").read_text())
