@@ -5,6 +5,7 @@
 #   make lint          ruff, check and format
 #   make results       fails where a table of RESULTS.md is not what results/ holds
 #   make venv          the environment alone
+#   make system-deps   Debian packages that some tests need (Slurm and munge), as root or with sudo
 #
 # Options: PYTHON=python3.12 chooses the interpreter;
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu takes PyTorch without CUDA, a far smaller download.
@@ -12,8 +13,9 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 VENV := .venv
+DEBIAN_PACKAGES := slurmctld slurmd slurm-client munge
 
-.PHONY: venv quickstart test lint results
+.PHONY: venv quickstart test lint results system-deps
 
 venv: $(VENV)/.installed
 
@@ -35,3 +37,10 @@ lint: venv
 
 results: venv
 	$(VENV)/bin/python launch/results.py
+
+# Says nothing and asks no server where all are installed.
+system-deps:
+	@dpkg-query --show --showformat='$${db:Status-Status}\n' $(DEBIAN_PACKAGES) 2>&1 | grep -qv '^installed$$' || exit 0; \
+	if [ "$$(id -u)" = 0 ]; then as_root=; else as_root=sudo; fi; \
+	$$as_root apt-get update && \
+	$$as_root env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends $(DEBIAN_PACKAGES)

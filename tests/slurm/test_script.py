@@ -1,0 +1,173 @@
+"""What train.sbatch asks of the launcher and does with its end, on a real Slurm.
+
+In the launcher's place stands a program that writes down how it was called, waits for a signal and
+ends as it is told; whole runs are in `test_runs.py`.
+"""
+
+import json
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster
+
+pytestmark = pytest.mark.slurm
+
+ROOT = Path(__file__).resolve().parents[2]
+
+LAUNCHER = f"""#!{sys.executable}
+import json, os, pathlib, signal, sys, time
+asked = []
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: asked.append(number))
+kept = ("SLURMD_NODENAME", "SLURM_RESTART_COUNT", "TRITON_CACHE_DIR")
+call = {{"arguments": sys.argv[1:]}} | {{name: os.environ.get(name) for name in kept}}
+written = pathlib.Path("calls", str(os.getpid()))
+written.write_text(json.dumps(call))
+written.rename(written.with_suffix(".json"))
+status = os.environ["ENDS"]
+while status == "75" and not asked and not os.environ.get("SLURM_RESTART_COUNT"):
+    time.sleep(0.05)
+if "--output_dir" in sys.argv:
+    folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
+    folder.mkdir(parents=True, exist_ok=True)
+    if os.environ.get("SLURM_RESTART_COUNT"):
+        status = "0"
+    (folder / "exit_status").write_text(status)
+while "vllm-serve" in sys.argv:
+    time.sleep(0.05)
+sys.exit(status != "0")
+"""
+
+
+class Project:
+    """A folder to submit from, with such a launcher."""
+
+    def __init__(self, folder, slurm: Cluster):
+        self.folder, self.slurm = folder, slurm
+        (folder / "calls").mkdir(parents=True)
+        (folder / "launch").symlink_to(ROOT / "launch")
+        (folder / ".venv" / "bin").mkdir(parents=True)
+        for name in ("accelerate", "trl"):
+            program = folder / ".venv" / "bin" / name
+            program.write_text(LAUNCHER)
+            program.chmod(0o755)
+
+    def submit(self, *options, arguments=("--output_dir", "a run"), **variables):
+        """Returns the job's number."""
+        return self.slurm.submit(
+            *options,
+            "launch/slurm/train.sbatch",
+            *arguments,
+            folder=self.folder,
+            variables={"ENDS": "0"} | variables,
+        )
+
+    def calls(self):
+        """What the launchers wrote down, each with its options and their values."""
+        calls = [json.loads(path.read_text()) for path in self.folder.glob("calls/*.json")]
+        for call in calls:
+            call |= {word: value for word, value in pairwise(call["arguments"]) if word[:2] == "--"}
+        return calls
+
+
+@pytest.fixture
+def project(tmp_path, slurm):
+    return Project(tmp_path / "my project", slurm)
+
+
+def test_one_process_per_gpu_on_every_node(project):
+    job = project.submit("--nodes=2", "--gpus-per-node=8")
+    assert project.slurm.wait_for_end(job, 60)["JobState"] == "COMPLETED"
+    first, second = sorted(project.calls(), key=lambda call: call["--machine_rank"])
+    assert (first["--machine_rank"], second["--machine_rank"]) == ("0", "1")
+    assert (first["SLURMD_NODENAME"], second["SLURMD_NODENAME"]) == ("node1", "node2")
+    for call in (first, second):
+        assert call["--config_file"] == "configs/accelerate/nodes_zero3.yaml"
+        assert (call["--num_machines"], call["--num_processes"]) == ("2", "16")
+        assert call["--main_process_ip"] == "127.0.0.1"
+        assert call["--main_process_port"] == first["--main_process_port"]
+        assert call["arguments"][-3:] == ["launch/train.py", "--output_dir", "a run"]
+    assert first["TRITON_CACHE_DIR"] != second["TRITON_CACHE_DIR"]
+
+
+def test_tasks_of_an_array_have_folders_and_ports_of_their_own(project):
+    words = ("--config", "configs/grpo_%a.yaml", "--output_dir=runs/%a of %a", "--run.seed", "%a")
+    array = project.submit("--array=3,70", arguments=words, ENDS="75")
+    project.slurm.wait(lambda: len(project.calls()) == 2, "both tasks run")
+    three, seventy = sorted(project.calls(), key=lambda call: int(call["--run.seed"]))
+    assert three["--config"] == "configs/grpo_3.yaml"
+    assert seventy["arguments"][-3] == "--output_dir=runs/70 of 70"
+    assert seventy["--config_file"] == "configs/accelerate/single.yaml"
+    assert three["--main_process_port"] != seventy["--main_process_port"]
+    project.slurm.run("scancel", array)
+
+
+def test_a_task_that_was_asked_to_stop_runs_again_and_the_others_are_left_alone(project):
+    words = ("--output_dir", "runs/%a")
+    array = project.submit("--array=1-2", arguments=words, ENDS="75")
+    project.slurm.wait(lambda: len(project.calls()) == 2, "both tasks run")
+    project.slurm.run("scancel", "--batch", "--signal=USR1", f"{array}_2")
+    ended = project.slurm.wait_for_end(f"{array}_2", 60)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
+    other = project.slurm.job(f"{array}_1")
+    assert (other["JobState"], other["Restarts"]) == ("RUNNING", "0")
+    assert "job requeued" not in (project.folder / f"slurm-{array}_1.out").read_text()
+    said = (project.folder / f"slurm-{array}_2.out").read_text()
+    assert f"runs/2 ended with 75: job {array}_2 requeued" in said
+    project.slurm.run("scancel", array)
+
+
+def test_a_run_that_its_user_has_to_mend_is_not_started_again(project):
+    ended = project.slurm.wait_for_end(project.submit(ENDS="2"), 60)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
+
+
+def test_a_crash_without_a_dead_node_is_not_started_again(project):
+    ended = project.slurm.wait_for_end(project.submit("--nodes=2", ENDS="1"), 60)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "1:0", "0")
+
+
+def test_an_old_exit_status_does_not_count(project):
+    (project.folder / "a run").mkdir()
+    (project.folder / "a run" / "exit_status").write_text("75\n")
+    ended = project.slurm.wait_for_end(project.submit(arguments=("--check",), ENDS="2"), 60)
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "1:0")
+
+
+def test_a_job_that_its_user_cancels_saves_and_stays_cancelled(project):
+    job = project.submit(ENDS="75")
+    project.slurm.wait(lambda: bool(project.calls()), "it runs")
+    project.slurm.run("scancel", job)
+    ended = project.slurm.wait_for_end(job, 60)
+    time.sleep(1)
+    assert (ended["JobState"], project.slurm.job(job)["Restarts"]) == ("CANCELLED", "0")
+    assert (project.folder / "a run" / "exit_status").read_text() == "75"
+
+
+def test_the_last_node_serves_with_vllm(project):
+    """How it is placed and what both sides are told; no vLLM runs here."""
+    job = project.submit("--nodes=2", "--gpus-per-node=8", VLLM_MODEL="a model")
+    project.slurm.wait_for_end(job, 60)
+    trainer, server = sorted(project.calls(), key=lambda call: call["SLURMD_NODENAME"])
+    assert server["SLURMD_NODENAME"] == "node2"
+    assert server["arguments"][:3] == ["vllm-serve", "--model", "a model"]
+    assert server["--tensor_parallel_size"] == "8"
+    assert trainer["SLURMD_NODENAME"] == "node1"
+    assert (trainer["--num_machines"], trainer["--num_processes"]) == ("1", "8")
+    assert trainer["--grpo.use_vllm"] == "true"
+    assert trainer["--grpo.vllm_mode"] == "server"
+    assert trainer["--grpo.vllm_server_host"] == "127.0.0.1"
+    assert trainer["--grpo.vllm_server_port"] == server["--port"]
+    ports = {trainer[f"--{name}"] for name in ("main_process_port", "grpo.vllm_group_port")}
+    assert len(ports) == 2
+
+
+def test_submitted_from_elsewhere(tmp_path, slurm):
+    script = ROOT / "launch" / "slurm" / "train.sbatch"
+    job = slurm.submit(str(script), folder=tmp_path, variables={})
+    assert slurm.wait_for_end(job, 60)["ExitCode"] == "2:0"
+    assert "run sbatch in the repository" in (tmp_path / f"slurm-{job}.out").read_text()
