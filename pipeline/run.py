@@ -93,6 +93,7 @@ HARMLESS_KEYS = {
     "grpo.on_trouble",
 }
 HARMLESS_PREFIXES = ("logging_", "log_", "report_to", "disable_tqdm", "save_", "run_name", "hub_")
+HARMLESS_PREFIXES += ("vllm_server_", "vllm_group_port")  # another node after a requeue
 """Keys that change no result: a stage with results does not mind them."""
 
 logger = logging.getLogger(__name__)

@@ -34,6 +34,7 @@ from pipeline.models.chunked_head import chunked_head, score_completions
 from pipeline.models.lora import adapters_disabled
 from pipeline.models.teacher import completion_log_probs, completion_targets
 from pipeline.training.acting_terms import ActingTerms
+from pipeline.training.sampler_check import check_sampler
 from pipeline.training.sparse_trainer import SparseTrainer
 from pipeline.training.teacher_placement import place_teacher
 from pipeline.training.two_masks import TwoMasks, fill_old_log_probs, sparsity
@@ -182,6 +183,7 @@ class TeacherGRPOTrainer(SparseTrainer, GRPOTrainer):
         self._old_log_probs = None
         output = super()._generate_and_score_completions(inputs)
         self._old_log_probs = None
+        check_sampler(self.args, output)
         if self.model.training:
             self.acting_terms.begin(self._rewards, output["completion_mask"])
             if self.two_masks is not None:

@@ -167,3 +167,13 @@ def test_what_masks_are_judged_by_is_an_input_only_where_they_are(tmp_path, veri
     folder = RunFolder.open(tmp_path)
     config = load_config(CONFIG, {"refine.verify": verify})
     assert ("rewards.teacher_kl_weight" in stage_inputs("distill", config, folder)) == verify
+
+
+def test_the_node_that_serves_vllm_is_no_input(tmp_path):
+    folder = RunFolder.open(tmp_path)
+    vllm = {"grpo.use_vllm": True, "grpo.vllm_mode": "server", "grpo.vllm_group_port": 20003}
+    one, other = (
+        load_config(CONFIG, SHORT | vllm | {"grpo.vllm_server_host": host, **port})
+        for host, port in (("a", {}), ("b", {"grpo.vllm_server_port": 1}))
+    )
+    assert stage_inputs("grpo", one, folder) == stage_inputs("grpo", other, folder)
