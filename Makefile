@@ -5,7 +5,7 @@
 #   make lint          ruff, check and format
 #   make results       fails where a table of RESULTS.md is not what results/ holds
 #   make venv          the environment alone
-#   make system-deps   Debian packages that some tests need (Slurm and munge), as root or with sudo
+#   make system-deps   Debian packages that some tests need (Slurm, munge, Chromium), as root or with sudo
 #
 # Options: PYTHON=python3.12 chooses the interpreter;
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu takes PyTorch without CUDA, a far smaller download.
@@ -13,7 +13,7 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 VENV := .venv
-DEBIAN_PACKAGES := slurmctld slurmd slurm-client munge
+DEBIAN_PACKAGES := slurmctld slurmd slurm-client munge chromium
 
 .PHONY: venv quickstart test lint results system-deps
 

@@ -1,20 +1,52 @@
-"""What every picture of a run shares: size, title, colours, axes of fractions.
+"""What every picture of a run shares: size, title, colours, and the forms in which it is kept.
 
 Figures are made without pyplot, so nothing global is touched and no display is needed. Colours are
-Okabe and Ito's, which the colour-blind tell apart. A PNG is 1000 pixels wide.
+Okabe and Ito's, which the colour-blind tell apart; on a dark page the same hues are lighter. A PNG
+is 1000 pixels wide and has its title in it; the SVGs leave the title to the page around them.
 """
 
+import io
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import NullFormatter, PercentFormatter, StrMethodFormatter
+from matplotlib.transforms import Bbox
 
 BLUE, ORANGE, SKY, GREY = "#0072B2", "#D55E00", "#56B4E9", "#7F7F7F"
 GREEN, PURPLE, AMBER, BLACK = "#009E73", "#CC79A7", "#E69F00", "#000000"
-WIDTH_INCHES, DOTS_PER_INCH = 8.0, 125
-TITLE_CHARACTERS = 84
+CELL_DARK, CELL_LIGHT = "#010101", "#FEFEFE"
+"""Ink on a coloured cell: the same on every page."""
+DARK_PAGE = {
+    "#000000": "#E6E4DF",
+    "#ffffff": "#16181B",
+    BLUE: "#5AA9E6",
+    ORANGE: "#F28B45",
+    SKY: "#33658A",
+    GREY: "#9A9FA5",
+    GREEN: "#2FC29A",
+}
+"""A colour on a light page to the one that takes its place on a dark one."""
+WIDTH_INCHES, NARROW_INCHES, DOTS_PER_INCH = 8.0, 3.75, 125
+LEGEND_LINE_INCHES = 0.2
+TITLE_CHARACTERS, NARROW_LABEL_CHARACTERS = 84, 40
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One drawing, in the forms that a report needs."""
+
+    title: str
+    """The sentence a reader should take away; also its caption."""
+    png: bytes
+    wide: str
+    """SVG of a light page, transparent, 8 inches wide."""
+    narrow: str
+    """The same drawn again for the width of a telephone."""
 
 
 def new_figure(
@@ -31,10 +63,59 @@ def new_figure(
     return figure, list(grid.flat)
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Writes the figure; the suffix of `path` chooses the format."""
+def finish(figure: Figure, title: str) -> Picture:
+    """Draws a figure in every form; it is of no use afterwards.
+
+    Args:
+        figure: From `new_figure`.
+        title: The same as there.
+    """
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    width, height = figure.get_size_inches()
+    (heading,) = figure.texts
+    below_heading = heading.get_window_extent().y0 / figure.dpi
+    heading.remove()
+    figure.set_layout_engine("none")  # the axes stay where the layout has put them
+    wide = _svg(figure, Bbox([[0, 0], [width, below_heading]]))
+    figure.set_layout_engine("constrained", w_pad=0.04, h_pad=0.04)
+    for legend in figure.legends:
+        legend.set_loc("outside lower center")
+        height += LEGEND_LINE_INCHES * len(legend.get_texts())
+    figure.set_size_inches(NARROW_INCHES, height)
+    for axes in figure.axes:
+        axes.set_xlabel(fill(axes.get_xlabel(), NARROW_LABEL_CHARACTERS))
+    return Picture(title, png.getvalue(), wide, _svg(figure))
+
+
+def _svg(figure: Figure, part: Bbox | None = None) -> str:
+    """The figure, or a part of it in inches; the same bytes for the same figure."""
+    text = io.StringIO()
+    with rc_context({"svg.hashsalt": "picture"}):
+        figure.savefig(
+            text, format="svg", transparent=True, bbox_inches=part, metadata={"Date": None}
+        )
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def for_dark_page(svg: str) -> str:
+    """An SVG of `Picture` in the colours of a dark page."""
+    for light, dark in DARK_PAGE.items():
+        svg = svg.replace(light.lower(), dark.lower())
+    # What matplotlib draws in black has no colour of its own and takes the root's.
+    return svg.replace("<svg ", f'<svg fill="{DARK_PAGE["#000000"].lower()}" ', 1)
+
+
+def write_picture(picture: Picture, path: Path) -> None:
+    """Writes the PNG, making its folder where needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    path.write_bytes(picture.png)
+
+
+def plain_numbers(axis: Axis) -> None:
+    """Labels the decades of a logarithmic axis without exponents where they are short."""
+    axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def percent_axis(decimals: int = 0) -> PercentFormatter:

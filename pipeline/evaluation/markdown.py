@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.evaluation.figures import Picture
 from pipeline.evaluation.formats import number, percent
 from pipeline.evaluation.summary import (
     MODELS,
@@ -17,6 +18,10 @@ from pipeline.evaluation.summary import (
 )
 
 MAX_SAMPLE_CHARACTERS = 600
+MAX_CELL_CHARACTERS = 80
+"""Longest sample text that stands in one table with all others."""
+MARKS_NOTE = "✓ right, ✗ wrong, as the verifier sees it."
+LINE_BREAK = re.compile(r"\r\n?|\n")
 MARKDOWN_SYNTAX = re.compile(r"([\\`*_\[\]<>|~$&#])")
 REFINEMENT_COLUMNS = (
     "stage",
@@ -35,25 +40,25 @@ REFINEMENT_COLUMNS = (
 
 def render_markdown(report: Report, description: RunDescription) -> str:
     """The text of `report.md`: GitHub's Markdown, pictures by relative path."""
-    asked = [["asked for", ""], *([key, escape(text)] for key, text in description.asked.items())]
+    asked = [[key, escape(text)] for key, text in description.asked.items()]
     sections = [
-        "# Report",
+        f"# Run {escape(description.name)}",
         " ".join(key_facts(report)),
         "## What was asked",
-        table(asked),
+        table([["what", "asked for"], *asked]),
         "## What came out",
         table(model_table(report)),
         "\n".join(f"- {note}" for note in _notes(report)),
-        *(f"![{escape(text)}]({path})" for path, text in description.plots.items()),
+        *(picture_link(path, picture) for path, picture in description.pictures.items()),
         *_refinement(report.get("refinement")),
         *_samples(description.samples),
         *_cost(report),
         "## How to run it again",
-        f"```sh\n{description.command}\n```",
+        code_block(description.command, "sh"),
         table([["what", "value"], *_provenance(report)]),
         "## How to try the model",
-        f"It is in `{description.student_path}`.",
-        "```python\n" + "\n".join(try_it_lines(description)) + "\n```",
+        f"It is in {escape(description.student_path)}.",
+        code_block("\n".join(try_it_lines(description)), "python"),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -66,7 +71,19 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def escape(text: str) -> str:
     """Text that shows as it is, also inside a table cell."""
-    return MARKDOWN_SYNTAX.sub(r"\\\1", text).replace("\n", "<br>")
+    return LINE_BREAK.sub("<br>", MARKDOWN_SYNTAX.sub(r"\\\1", text))
+
+
+def code_block(text: str, language: str = "") -> str:
+    """Lines of code, in a fence that nothing in them closes."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def picture_link(path: str, picture: Picture) -> str:
+    """A picture by its path relative to the page, its title for those who cannot see it."""
+    return f"![{escape(picture.title)}]({path})"
 
 
 def _notes(report: Report) -> list[str]:
@@ -91,8 +108,8 @@ def _notes(report: Report) -> list[str]:
     if "text_perplexity" in report:
         text = report["text_perplexity"]
         notes.append(
-            f"Text perplexity: per token of {text['on']}; {text['num_tokens']:,} tokens in windows "
-            f"of {text['seq_len']:,}."
+            f"Text perplexity: per token of {escape(text['on'])}; {text['num_tokens']:,} tokens in "
+            f"windows of {text['seq_len']:,}."
         )
     per_layer = report["sparsity"]["per_layer"].values()
     if per_layer:
@@ -129,21 +146,34 @@ def _cell(value: Any) -> str:
 
 
 def _samples(samples: Sequence[Sample]) -> list[str]:
+    """Prompts down and models across; long answers get a table for each prompt."""
     if not samples:
         return []
     names = [name for name in MODELS if any(name in sample.completions for sample in samples)]
+    texts = [text for s in samples for text in (s.prompt, *s.completions.values())]
+    if max(map(len, texts)) > MAX_CELL_CHARACTERS:
+        parts = [part for sample in samples for part in _sample(sample, names)]
+        return ["## Sample answers", MARKS_NOTE, *parts]
     rows = [
         [_short(sample.prompt), _short(sample.answer), *(_answer(sample, name) for name in names)]
         for sample in samples
     ]
-    return ["## Sample answers", table([["prompt", "reference", *names], *rows])]
+    return ["## Sample answers", MARKS_NOTE, table([["prompt", "reference", *names], *rows])]
+
+
+def _sample(sample: Sample, names: Sequence[str]) -> list[str]:
+    answers = [_answer(sample, name) for name in names]
+    return [
+        f"> **Prompt.** {_short(sample.prompt)}",
+        table([["reference", *names], [_short(sample.answer), *answers]]),
+    ]
 
 
 def _answer(sample: Sample, name: str) -> str:
     if name not in sample.completions:
         return NOT_MEASURED
-    verdict = "right" if sample.correct[name] else "wrong"
-    return f"{_short(sample.completions[name])} ({verdict})"
+    mark = "✓" if sample.correct[name] else "✗"
+    return f"{mark} {_short(sample.completions[name]) or '*nothing*'}"
 
 
 def _short(text: str) -> str:

@@ -1,16 +1,23 @@
 """The picture of movement: how it is spread over the kept weights, and over the pruned ones.
 
-As in `plots.py`, the function that draws writes one file and returns its title.
+As in `plots.py`, what is drawn is plain data.
 """
 
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 
-from pipeline.evaluation.figures import BLUE, ORANGE, new_figure, percent_axis, save_figure
+from pipeline.evaluation.figures import (
+    BLUE,
+    ORANGE,
+    Picture,
+    finish,
+    new_figure,
+    percent_axis,
+    plain_numbers,
+)
 from pipeline.evaluation.formats import percent
 
 _KEPT_SIGNS = {"positive": "away from zero", "negative": "towards zero"}
@@ -68,16 +75,15 @@ def _count(values: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
     return torch.bincount(bins, minlength=MOVEMENT_BINS)
 
 
-def plot_movement(histograms: Mapping[str, Mapping], *, path: Path) -> str:
+def plot_movement(histograms: Mapping[str, Mapping]) -> Picture:
     """Movement of the kept weights beside that of the pruned ones; their units differ.
 
     Args:
         histograms: Observation of the kept weights, then of the pruned ones, to what
             `movement_histogram` returns.
-        path: File to write.
     """
     title = _movement_title(*next(iter(histograms.items())))
-    figure, all_axes = new_figure(title, 4, columns=len(histograms))
+    figure, all_axes = new_figure(title, 3 * len(histograms), rows=len(histograms))
     for axes, (observation, histogram) in zip(all_axes, histograms.items(), strict=True):
         label, meanings = MOVEMENT_LABELS[observation]
         num_weights = _num_weights(histogram)
@@ -89,15 +95,15 @@ def plot_movement(histograms: Mapping[str, Mapping], *, path: Path) -> str:
             axes.stairs(shares, histogram["edges"], color=colour, ls=style, lw=2, label=legend)
         axes.plot([], [], " ", label=f"never moved ({percent(histogram['zero'] / num_weights)})")
         axes.set_xscale("log")
+        plain_numbers(axes.xaxis)
         axes.set_xlabel(f"{label}, log scale)")
         axes.margins(y=0.35)
         axes.set_ylim(bottom=0)
+        axes.set_ylabel("share of the\nweights in each bin")
         axes.yaxis.set_major_formatter(percent_axis(decimals=1))
         axes.grid(alpha=0.3)
         axes.legend(loc="upper left", frameon=False, handlelength=1)
-    all_axes[0].set_ylabel("share of the weights in each bin")
-    save_figure(figure, path)
-    return title
+    return finish(figure, title)
 
 
 def _num_weights(histogram: Mapping) -> int:

@@ -1,24 +1,24 @@
 """Pictures of the outcome: each model's accuracy and perplexity, each matrix's sparsity.
 
-Every function takes plain data and a path, draws one file and returns its title: the sentence a
-reader should take away, made from the data, which also serves as caption.
+Every function takes plain data and returns one picture, whose title is made from the data.
 """
 
 import math
 import re
 from collections.abc import Collection, Mapping
-from pathlib import Path
-
-from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from pipeline.evaluation.figures import (
     BLUE,
+    CELL_DARK,
+    CELL_LIGHT,
     GREY,
     ORANGE,
     SKY,
+    Picture,
+    finish,
     new_figure,
     percent_axis,
-    save_figure,
+    plain_numbers,
 )
 from pipeline.evaluation.formats import number, percent
 from pipeline.evaluation.intervals import Interval
@@ -40,8 +40,7 @@ def plot_accuracy(
     *,
     num_prompts: int,
     sparsity: float,
-    path: Path,
-) -> str:
+) -> Picture:
     """Greedy accuracy of each model, with its interval.
 
     Args:
@@ -49,7 +48,6 @@ def plot_accuracy(
         ci95: Model name to 95 % interval.
         num_prompts: Held-out prompts behind each number.
         sparsity: Measured sparsity of the last model.
-        path: File to write.
     """
     last = list(accuracy)[-1]
     title = (
@@ -75,17 +73,15 @@ def plot_accuracy(
     axes.xaxis.set_major_formatter(percent_axis())
     axes.set_xlabel(f"greedy accuracy on {num_prompts:,} held-out prompts (bar: 95 % interval)")
     axes.invert_yaxis()
-    save_figure(figure, path)
-    return title
+    return finish(figure, title)
 
 
-def plot_perplexity(perplexity: Mapping[str, float | None], *, on: str, path: Path) -> str:
+def plot_perplexity(perplexity: Mapping[str, float | None], *, on: str) -> Picture:
     """Perplexity of each model, on a logarithmic axis where it spans more than a factor of 10.
 
     Args:
         perplexity: Model name to perplexity, in the order to draw; None is left out. At least one.
         on: The text it was taken on.
-        path: File to write.
     """
     perplexity = {name: value for name, value in perplexity.items() if value is not None}
     last = list(perplexity)[-1]
@@ -103,8 +99,7 @@ def plot_perplexity(perplexity: Mapping[str, float | None], *, on: str, path: Pa
     if is_log:
         margin = (high / low) ** 0.12
         axes.set(xscale="log", xlim=(low / margin, high * margin))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        plain_numbers(axes.xaxis)
     else:
         axes.margins(x=0.12)
     scale = "log scale, lower is better" if is_log else "lower is better"
@@ -112,16 +107,14 @@ def plot_perplexity(perplexity: Mapping[str, float | None], *, on: str, path: Pa
     axes.margins(y=0.12)
     axes.grid(axis="y", alpha=0.3)
     axes.invert_yaxis()
-    save_figure(figure, path)
-    return title
+    return finish(figure, title)
 
 
-def plot_layer_sparsity(per_layer: Mapping[str, float], *, path: Path) -> str:
+def plot_layer_sparsity(per_layer: Mapping[str, float]) -> Picture:
     """Sparsity of every prunable matrix: decoder layers down, matrices across.
 
     Args:
         per_layer: Weight name (`model.layers.0.self_attn.q_proj.weight`) to fraction of zeros.
-        path: File to write.
     """
     cells = {_layer_and_matrix(name): value for name, value in per_layer.items()}
     matrices = list(dict.fromkeys(matrix for _, matrix in cells))
@@ -132,7 +125,7 @@ def plot_layer_sparsity(per_layer: Mapping[str, float], *, path: Path) -> str:
     figure, (axes,) = new_figure(title, (0.32 if is_annotated else 0.2) * len(layers) + 1.9)
     low, high = _colour_range(cells.values())
     image = axes.imshow(table, aspect="auto", cmap="cividis", vmin=low, vmax=high)
-    axes.set_xticks(range(len(matrices)), matrices)
+    axes.set_xticks(range(len(matrices)), [name.removesuffix("_proj") for name in matrices])
     axes.set_yticks(range(len(layers)), layers)
     axes.set_xlabel("matrix")
     axes.set_ylabel("decoder layer")
@@ -140,11 +133,12 @@ def plot_layer_sparsity(per_layer: Mapping[str, float], *, path: Path) -> str:
     figure.colorbar(image, label="zeros in the matrix", format=percent_axis())
     if is_annotated:
         for (layer, matrix), value in cells.items():
-            colour = "white" if value < (low + high) / 2 else "black"
+            colour = CELL_LIGHT if value < (low + high) / 2 else CELL_DARK
             where = matrices.index(matrix), layers.index(layer)
-            axes.text(*where, f"{100 * value:.1f}", ha="center", va="center", color=colour)
-    save_figure(figure, path)
-    return title
+            axes.text(
+                *where, f"{100 * value:.1f}", ha="center", va="center", color=colour, fontsize=8
+            )
+    return finish(figure, title)
 
 
 def _colour_range(values: Collection[float]) -> tuple[float, float]:

@@ -1,8 +1,9 @@
-"""What a run asked for and what came out, as `report.json` and `report.md`.
+"""What a run asked for and what came out, as `report.json`, `report.md` and `report.html`.
 
 `report.json` (schema 1) holds the numbers. Keys may be added, never renamed. A key that is absent
 was not measured; a perplexity or KL of null was measured and is not finite. `report.md` shows the
-same numbers beside the question, the pictures and sample answers (`markdown.py`).
+same numbers beside the question, the pictures and sample answers (`markdown.py`), and
+`report.html` is the same page in one file (`page.py`).
 
 Everything comes in as plain data; nothing is read from a run folder.
 """
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import write_json, write_text
+from pipeline.artifacts import write_json
 from pipeline.evaluation.accuracy import AccuracyResult
 from pipeline.evaluation.agreement import Agreement
 from pipeline.evaluation.intervals import (
@@ -21,6 +22,7 @@ from pipeline.evaluation.intervals import (
     wilson_interval,
 )
 from pipeline.evaluation.markdown import render_markdown
+from pipeline.evaluation.page import write_page
 from pipeline.evaluation.perplexity import Perplexity
 from pipeline.evaluation.summary import MODELS, Report, RunDescription
 
@@ -153,12 +155,12 @@ def _perplexity(results: Mapping[str, Perplexity], on: str | None) -> dict[str, 
 
 
 def write_report(folder: Path, report: Report, description: RunDescription) -> None:
-    """Writes `report.json` and `report.md`; a crash leaves the old file or the new one.
+    """Writes `report.json`, `report.md` and `report.html`, each whole or not at all.
 
     Args:
         folder: The run folder; it exists.
         report: From `build_report`.
-        description: What `report.md` says beside the numbers.
+        description: What the pages say beside the numbers.
     """
     write_json(folder / "report.json", report)
-    write_text(folder / "report.md", render_markdown(report, description))
+    write_page(folder / "report.md", render_markdown(report, description), description.pictures)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.evaluation.figures import Picture
 from pipeline.evaluation.formats import number, percent
 from pipeline.models.prompts import Prompt
 
@@ -36,6 +37,8 @@ class Sample:
 class RunDescription:
     """What readers need beside the numbers."""
 
+    name: str
+    """Of the run folder."""
     asked: Mapping[str, str]
     """What was asked for, in words: `Teacher` to its path, `Task` to its name, and so on."""
     command: str
@@ -46,8 +49,8 @@ class RunDescription:
     """A prompt to try it with, formatted as in training."""
     max_new_tokens: int
     """Longest answer to it, in tokens."""
-    plots: Mapping[str, str] = field(default_factory=dict)
-    """Path relative to the run folder to the picture's sentence."""
+    pictures: Mapping[str, Picture] = field(default_factory=dict)
+    """By path relative to the run folder."""
     samples: Sequence[Sample] = ()
 
 

@@ -10,9 +10,8 @@ the lines over levels, for each has one level.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
-from pipeline.evaluation.figures import save_figure
+from pipeline.evaluation import figures
 from pipeline.evaluation.formats import percent
 from pipeline.evaluation.sweep_cell_text import mean_text
 from pipeline.evaluation.sweep_drawing import draw_levels, draw_one_level, row_points
@@ -58,11 +57,11 @@ PICTURES = (
 )
 
 
-def plot_sweep(grid: SweepGrid, folder: Path) -> dict[Measure, tuple[str, str]]:
-    """Draws every measure that has a number to draw into `folder`.
+def plot_sweep(grid: SweepGrid) -> dict[Measure, tuple[str, figures.Picture]]:
+    """Draws every measure that has a number to draw.
 
     Returns:
-        Measure to the picture's path relative to the folder's parent, and its title.
+        Measure to the picture and its path, relative to the page.
     """
     drawn = {}
     for picture in PICTURES:
@@ -75,11 +74,8 @@ def plot_sweep(grid: SweepGrid, folder: Path) -> dict[Measure, tuple[str, str]]:
         if points:
             title = picture_title(grid, picture, points, levels)
             draw = draw_levels if len(levels) > 1 else draw_one_level
-            save_figure(
-                draw(grid, measure, points, levels, title=title, label=picture.label),
-                folder / picture.file_name,
-            )
-            drawn[measure] = (f"{folder.name}/{picture.file_name}", title)
+            figure = draw(grid, measure, points, levels, title=title, label=picture.label)
+            drawn[measure] = (f"plots/{picture.file_name}", figures.finish(figure, title))
     return drawn
 
 

@@ -19,9 +19,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pipeline.artifacts import write_text
+from pipeline.evaluation.figures import Picture
 from pipeline.evaluation.formats import number, percent
-from pipeline.evaluation.markdown import escape, table
+from pipeline.evaluation.markdown import code_block, escape, picture_link, table
+from pipeline.evaluation.page import write_page
 from pipeline.evaluation.summary import NOT_MEASURED
 from pipeline.evaluation.sweep_cell_text import (
     cell_text,
@@ -52,7 +53,7 @@ def write_sweep_report(
     reference: Mapping[str, Any],
     description: Mapping[str, Any],
 ) -> None:
-    """Writes `table.md` and `plots/*.png`.
+    """Writes `table.md`, `table.html` and `plots/*.png`.
 
     Args:
         folder: Made if missing.
@@ -64,12 +65,13 @@ def write_sweep_report(
     """
     folder.mkdir(parents=True, exist_ok=True)
     grid = SweepGrid(cells, reference, description["headline_row"])
-    pictures = plot_sweep(grid, folder / "plots")
-    write_text(folder / "table.md", render_page(grid, description, pictures))
+    pictures = plot_sweep(grid)
+    text = render_page(grid, description, pictures)
+    write_page(folder / "table.md", text, dict(pictures.values()))
 
 
 def render_page(
-    grid: SweepGrid, description: Mapping[str, Any], pictures: Mapping[Measure, tuple[str, str]]
+    grid: SweepGrid, description: Mapping[str, Any], pictures: Mapping[Measure, tuple[str, Picture]]
 ) -> str:
     """The text of `table.md`; `pictures` as `plot_sweep` returns them, possibly none."""
     sections = [
@@ -86,7 +88,7 @@ def render_page(
         *comparison_tables(grid, RECOVERED_ACCURACY),
         *_pruning_cost(grid),
         "## How to run it again",
-        f"```sh\n{description['command']}\n```",
+        code_block(description["command"], "sh"),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -123,7 +125,7 @@ SENTENCES = {
 
 
 def _by_row(
-    grid: SweepGrid, measure: Measure, title: str, pictures: Mapping[Measure, tuple[str, str]]
+    grid: SweepGrid, measure: Measure, title: str, pictures: Mapping[Measure, tuple[str, Picture]]
 ) -> list[str]:
     """A section of tables by row, the N:M rows in one of their own."""
     rows = grid.rows_with(measure)
@@ -170,7 +172,7 @@ def _averaging(grid: SweepGrid) -> str:
 
 
 def _by_level(
-    grid: SweepGrid, measure: Measure, title: str, pictures: Mapping[Measure, tuple[str, str]]
+    grid: SweepGrid, measure: Measure, title: str, pictures: Mapping[Measure, tuple[str, Picture]]
 ) -> list[str]:
     """The paper's table 2, and its table 1 where both rows of it were measured."""
     rows = grid.rows_with(measure)
@@ -233,11 +235,11 @@ def _paper_pair(grid: SweepGrid) -> list[str]:
     return pair
 
 
-def _picture(pictures: Mapping[Measure, tuple[str, str]], measure: Measure) -> list[str]:
+def _picture(pictures: Mapping[Measure, tuple[str, Picture]], measure: Measure) -> list[str]:
     if measure not in pictures:
         return []
-    path, sentence = pictures[measure]
-    return [f"![{escape(sentence)}]({path})"]
+    path, picture = pictures[measure]
+    return [picture_link(path, picture)]
 
 
 def _recovery_cost(grid: SweepGrid) -> list[str]:

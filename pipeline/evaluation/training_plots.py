@@ -1,71 +1,84 @@
-"""The picture of the way there: loss, reward, accuracy and sparsity over optimizer steps.
+"""The picture of the way there: what training logged over optimizer steps, one panel a quantity.
 
-As in `plots.py`, every function draws one file and returns its title.
+Rewards are shown by term, beside their weighted sum. A dead group is one whose completions all have
+the same reward, from which GRPO learns nothing. Only panels with data are drawn.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+
+from matplotlib.axes import Axes
 
 from pipeline.evaluation.figures import (
+    AMBER,
     BLUE,
+    GREEN,
     GREY,
+    PURPLE,
     SKY,
+    Picture,
+    finish,
     new_figure,
     percent_axis,
-    save_figure,
+    plain_numbers,
 )
 from pipeline.evaluation.formats import number, percent
 
-PANELS = (
-    ("loss", ("distill", "on_policy"), "distillation loss\n(nats per token)"),
-    ("reward", ("grpo",), "mean reward\nper completion"),
-    ("heldout_accuracy", ("distill", "on_policy", "grpo"), "accuracy on\nprobe prompts"),
-    ("sparsity", ("distill", "on_policy", "grpo"), "zeros among\nprunable weights"),
-)
-"""Log key, the stages in which it is drawn, axis label; top to bottom."""
+PANELS = {
+    "loss": ("distillation loss\n(nats per token)", {"distill": "loss", "on_policy": "loss"}),
+    "KL to the teacher": (
+        "KL to the teacher\n(nats per token)",
+        {"distill": "kl", "grpo": "teacher_kl"},
+    ),
+    "reward": ("mean reward\nper completion", {"grpo": "reward"}),
+    "dead groups": ("dead groups", {"grpo": "frac_reward_zero_std"}),
+    "length": (
+        "completion length\n(tokens)",
+        {"on_policy": "completions/mean_length", "grpo": "completions/mean_length"},
+    ),
+    "accuracy": (
+        "accuracy on\nprobe prompts",
+        dict.fromkeys(("distill", "on_policy", "grpo"), "heldout_accuracy"),
+    ),
+    "sparsity": (
+        "zeros among\nprunable weights",
+        dict.fromkeys(("distill", "on_policy", "grpo"), "sparsity"),
+    ),
+}
+"""Quantity to axis label and the key it has in the log of each stage; top to bottom."""
 
-FRACTIONS = ("heldout_accuracy", "sparsity")
+FRACTIONS = ("dead groups", "accuracy", "sparsity")
+TERM_COLOURS = (GREEN, PURPLE, AMBER, GREY)
+MAX_RATIO = 30
+"""Of the largest value to the smallest, beyond which an axis is logarithmic."""
 
+Log = Sequence[Mapping[str, float]]
 Curve = tuple[list[float], list[float]]
 
 
-def plot_training(logs: Mapping[str, Sequence[Mapping[str, float]]], *, path: Path) -> str:
-    """Loss, reward, held-out accuracy and sparsity over optimizer steps, counted across the stages.
+def plot_training(logs: Mapping[str, Log]) -> Picture:
+    """What was logged over optimizer steps, counted across the stages.
 
     Args:
         logs: Stage (`distill`, `on_policy`, `grpo`) to its log history in order: mappings with
-            `step` and any of `loss`, `reward`, `heldout_accuracy`, `sparsity`. At least one value
-            in all.
-        path: File to write.
+            `step` and any keys of `PANELS`. At least one value in all.
     """
     starts, end = {}, 0
     for stage, log in logs.items():
         starts[stage] = end
         end += max((entry["step"] for entry in log), default=0)
-    curves = {
-        key: [_curve(logs[stage], key, starts[stage]) for stage in stages if stage in logs]
-        for key, stages, _ in PANELS
-    }
-    panels = [(key, label) for key, _, label in PANELS if any(xs for xs, _ in curves[key])]
-    title = _training_title({key: curves[key] for key, _ in panels})
-    figure, all_axes = new_figure(title, 1.6 * len(panels) + 1, rows=len(panels), sharex=True)
-    for axes, (key, label) in zip(all_axes, panels, strict=True):
-        for xs, ys in curves[key]:
-            if key == "heldout_accuracy":
-                axes.plot(xs, ys, "o", color=BLUE, markersize=4)
-            elif key != "sparsity":
-                axes.plot(xs, ys, color=SKY, linewidth=1)
-                ys = _running_mean(ys, len(ys) // 20)
-            axes.plot(xs, ys, color=BLUE, linewidth=2)
+    curves = {name: _curves(logs, name, starts) for name in PANELS}
+    if _is_same(curves["loss"], curves["KL to the teacher"]):
+        curves["loss"] = []
+    curves = {name: found for name, found in curves.items() if found}
+    title = _title(curves)
+    figure, all_axes = new_figure(title, 1.6 * len(curves) + 1, rows=len(curves), sharex=True)
+    for axes, (name, found) in zip(all_axes, curves.items(), strict=True):
+        _draw(axes, name, found)
+        if name == "reward":
+            _draw_terms(axes, logs["grpo"], starts["grpo"])
         for start in list(starts.values())[1:]:
             axes.axvline(start, color=GREY, linestyle="--", linewidth=1)
-        if key in FRACTIONS:
-            axes.set_ylim(0, 1.02)
-            axes.yaxis.set_major_formatter(percent_axis())
-        values = [y for _, ys in curves[key] for y in ys]
-        if key == "loss" and max(values) > 30 * min(values) > 0:
-            axes.set_yscale("log")
-        axes.set(ylabel=label, xlim=(0, end))
+        axes.set(ylabel=PANELS[name][0], xlim=(0, end))
         axes.grid(alpha=0.3)
     for stage, start in starts.items():
         all_axes[0].annotate(
@@ -77,13 +90,60 @@ def plot_training(logs: Mapping[str, Sequence[Mapping[str, float]]], *, path: Pa
         )
     figure.align_ylabels()
     all_axes[-1].set_xlabel("optimizer step, counted across stages")
-    save_figure(figure, path)
-    return title
+    return finish(figure, title)
 
 
-def _curve(log: Sequence[Mapping[str, float]], key: str, start: float) -> Curve:
+def _curves(logs: Mapping[str, Log], name: str, starts: Mapping[str, float]) -> list[Curve]:
+    """One curve for each stage that logged the quantity."""
+    keys = PANELS[name][1]
+    found = [_curve(log, keys[s], starts[s]) for s, log in logs.items() if s in keys]
+    return [curve for curve in found if curve[0]]
+
+
+def _curve(log: Log, key: str, start: float) -> Curve:
     entries = [entry for entry in log if key in entry]
     return [start + entry["step"] for entry in entries], [entry[key] for entry in entries]
+
+
+def _is_same(losses: Sequence[Curve], divergences: Sequence[Curve]) -> bool:
+    """Whether the loss is nothing but the KL of a panel below."""
+    return len(losses) == 1 and any(
+        steps == losses[0][0]
+        and all(abs(a - b) <= 1e-3 * abs(b) for a, b in zip(losses[0][1], values, strict=True))
+        for steps, values in divergences
+    )
+
+
+def _draw(axes: Axes, name: str, curves: Sequence[Curve]) -> None:
+    for xs, ys in curves:
+        if name == "accuracy":
+            axes.plot(xs, ys, "o", color=BLUE, markersize=4)
+        elif name != "sparsity":
+            axes.plot(xs, ys, color=SKY, linewidth=1)
+            ys = _running_mean(ys, len(ys) // 20)
+        axes.plot(xs, ys, color=BLUE, linewidth=2)
+    values = [y for _, ys in curves for y in ys]
+    if name in FRACTIONS:
+        axes.set_ylim(0, 1.02)
+        axes.yaxis.set_major_formatter(percent_axis())
+    elif name in ("loss", "KL to the teacher") and max(values) > MAX_RATIO * min(values) > 0:
+        axes.set_yscale("log")
+        plain_numbers(axes.yaxis)
+
+
+def _draw_terms(axes: Axes, log: Log, start: float) -> None:
+    """The reward's terms, where there is more than one, and a legend."""
+    keys = dict.fromkeys(key for entry in log for key in entry)
+    terms = [key for key in keys if key.startswith("rewards/") and key.endswith("/mean")]
+    if len(terms) < 2:
+        return
+    axes.lines[-1].set_label("weighted sum")
+    for index, key in enumerate(terms):
+        xs, ys = _curve(log, key, start)
+        label = key.removeprefix("rewards/").removesuffix("/mean").replace("$", r"\$")
+        colour = TERM_COLOURS[index % len(TERM_COLOURS)]
+        axes.plot(xs, _running_mean(ys, len(ys) // 20), color=colour, lw=1.5, ls="--", label=label)
+    axes.legend(frameon=False, fontsize=8, ncols=2)
 
 
 def _running_mean(values: Sequence[float], reach: int) -> list[float]:
@@ -92,13 +152,16 @@ def _running_mean(values: Sequence[float], reach: int) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def _training_title(curves: Mapping[str, Sequence[Curve]]) -> str:
+def _title(curves: Mapping[str, Sequence[Curve]]) -> str:
+    """First and last of the reward, or else of the last stage's loss or KL, and of the sparsity."""
     changes = []
-    for key, show in (("reward", number), ("loss", number), ("sparsity", percent)):
-        found = [ys for _, ys in curves.get(key, []) if ys]
-        stages = found[-1:] if key == "loss" else found  # one stage's is no loss of another
-        values = [y for ys in stages for y in ys]
-        if values and not (key == "loss" and changes):
-            smooth = values if key == "sparsity" else _running_mean(values, len(values) // 20)
-            changes.append(f"{key} goes from {show(smooth[0])} to {show(smooth[-1])}")
-    return " while ".join(changes).capitalize()
+    for name in ("reward", "loss", "KL to the teacher"):
+        if curves.get(name) and not changes:
+            values = curves[name][-1][1]  # one stage's loss is no loss of another
+            smooth = _running_mean(values, len(values) // 20)
+            changes.append(f"{name} goes from {number(smooth[0])} to {number(smooth[-1])}")
+    if "sparsity" in curves:
+        values = [y for _, ys in curves["sparsity"] for y in ys]
+        changes.append(f"sparsity goes from {percent(values[0])} to {percent(values[-1])}")
+    title = " while ".join(changes)
+    return title[:1].upper() + title[1:]

@@ -93,20 +93,22 @@ def load_state(folder: Path, weights: ShardedWeights) -> SparsityState:
     return state
 
 
-def saved_movement(folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
+def saved_movement(folder: Path) -> Iterator[tuple[str, int, Tensor, Tensor]]:
     """Reads movement without a model, piece by piece.
 
     Args:
         folder: Holds the whole set of files.
 
     Yields:
-        Mask, bool (n,), True = kept, and movement (n,) of one saved shard.
+        Of one saved shard: the weight's name, the shard's offset in it in elements, mask, bool
+        (n,), True = kept, and movement (n,).
     """
     for path in _whole_set(folder):
         with safe_open(path, framework="pt") as file:
-            for name in json.loads(file.metadata()["shards"]):
+            for name, (offset, _) in json.loads(file.metadata()["shards"]).items():
                 movement = file.get_tensor(f"movement/{name}")
-                yield unpack_mask(file.get_tensor(f"mask/{name}"), movement.shape), movement
+                mask = unpack_mask(file.get_tensor(f"mask/{name}"), movement.shape)
+                yield name, offset, mask, movement
 
 
 def _whole_set(folder: Path) -> list[Path]:

@@ -21,14 +21,11 @@ from pipeline.config import TRAINING_STAGES, Config
 from pipeline.errors import UserError
 from pipeline.evaluation.accuracy import AccuracyResult
 from pipeline.evaluation.completions import TokenPair
-from pipeline.evaluation.movement_plot import movement_histogram, plot_movement
-from pipeline.evaluation.plots import plot_accuracy, plot_layer_sparsity, plot_perplexity
 from pipeline.evaluation.report import Measurements, Report, build_report, write_report
 from pipeline.evaluation.summary import RunDescription, Sample, terminal_summary
-from pipeline.evaluation.training_plots import plot_training
 from pipeline.models.loading import load_model
 from pipeline.models.prunable import measured_sparsity
-from pipeline.sparsity.storage import saved_movement
+from pipeline.stages.drawing import draw
 from pipeline.stages.inputs import (
     TaskInputs,
     check_teacher,
@@ -59,12 +56,13 @@ def run(config: Config, folder: RunFolder, inputs: TaskInputs, out: Path) -> Non
     write_json(out / "metrics.json", {name: to_json(value) for name, value in measured.items()})
     report = _report(config, folder, measured, student)
     description = RunDescription(
+        name=folder.root.resolve().name,
         asked=_asked(config, inputs),
         command=f"accelerate launch launch/train.py --config {folder.root / 'config.yaml'}",
         student_path=str(_student_path(config, folder)),
         example_prompt=inputs.format(inputs.task.test[0].prompt),
         max_new_tokens=config.evaluate.max_new_tokens,
-        plots=_draw(config, folder, report),
+        pictures=draw(config, folder, report),
         samples=_samples(config, inputs, {n: m.accuracy for n, m in measured.items()}),
     )
     write_report(folder.root, report, description)
@@ -175,54 +173,6 @@ def _asked(config: Config, inputs: TaskInputs) -> dict[str, str]:
         "Sparsity": f"{config.prune.sparsity:g} of the prunable weights",
         "Stages": ", ".join(config.run.stages),
     }
-
-
-def _draw(config: Config, folder: RunFolder, report: Report) -> dict[str, str]:
-    """Draws what there is data for. Returns path relative to the run folder to its sentence."""
-    plots = folder.root / "plots"
-    plots.mkdir(exist_ok=True)
-    accuracy = {k: v for k, v in report["accuracy"].items() if k in report["accuracy"]["ci95"]}
-    sentences = {
-        "accuracy": plot_accuracy(
-            accuracy,
-            report["accuracy"]["ci95"],
-            num_prompts=report["accuracy"]["num_prompts"],
-            sparsity=report["sparsity"]["measured"],
-            path=plots / "accuracy.png",
-        ),
-        "layer_sparsity": plot_layer_sparsity(
-            report["sparsity"]["per_layer"], path=plots / "layer_sparsity.png"
-        ),
-    }
-    perplexity = {
-        name: value
-        for name, value in report.get("perplexity", {}).items()
-        if name in accuracy and value is not None
-    }
-    if perplexity:
-        sentences["perplexity"] = plot_perplexity(
-            perplexity, on=report["perplexity"]["on"], path=plots / "perplexity.png"
-        )
-    logs = {
-        stage: json.loads((folder.stage(stage) / "log_history.json").read_text())
-        for stage in TRAINING_STAGES
-        if (folder.stage(stage) / "log_history.json").exists()
-    }
-    if logs:
-        sentences["training"] = plot_training(logs, path=plots / "training.png")
-        sentences["movement"] = _draw_movement(config, folder, plots / "movement.png")
-    return {f"plots/{name}.png": sentence for name, sentence in sentences.items()}
-
-
-def _draw_movement(config: Config, folder: RunFolder, path: Path) -> str:
-    saved = list(saved_movement(folder.stage(stage_before(folder, "evaluate"))))
-    sides = {
-        config.movement.kept: [movement[mask].float() for mask, movement in saved],
-        config.movement.pruned: [movement[~mask].float() for mask, movement in saved],
-    }
-    return plot_movement(
-        {seen: movement_histogram(tensors) for seen, tensors in sides.items()}, path=path
-    )
 
 
 def _samples(

@@ -85,7 +85,8 @@ def test_two_ranks_train_the_student_of_one(prune, alone, tmp_path, layout):
     best = {"step": LAST_STEP, "accuracy": 0.0} if "measured" in layout else None
     assert first["done"] == second["done"] == Training(LAST_STEP, best)
     movement, wanted = (
-        torch.cat([values for _, values in saved_movement(out)]) for out in (tmp_path, expected_out)
+        torch.cat([values for *_, values in saved_movement(out)])
+        for out in (tmp_path, expected_out)
     )
     assert movement.numel() == wanted.numel()
     assert (movement.abs().sum() - wanted.abs().sum()).abs() <= 1e-3 * wanted.abs().sum()
@@ -106,7 +107,7 @@ def test_a_resumed_run_ends_bit_identical_to_the_straight_one(prune, tmp_path, l
         for one, other in zip(straight["factors"][name], resumed["factors"][name], strict=True):
             assert torch.equal(one, other)
     first, second = (list(saved_movement(tmp_path / name)) for name in ("straight", "resumed"))
-    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for (*_, a), (*_, b) in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("layout", ["zero2-bf16", "zero3-persistent-bf16"])

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.evaluation.accuracy import AccuracyResult
 from pipeline.evaluation.agreement import Agreement
+from pipeline.evaluation.figures import Picture
 from pipeline.evaluation.intervals import (
     paired_difference_interval,
     paired_ratio_interval,
@@ -24,6 +25,7 @@ from pipeline.evaluation.report import Measurements, build_report, write_report
 from pipeline.evaluation.summary import RunDescription, Sample, model_table, terminal_summary
 
 NUM_PROMPTS = 200
+PICTURE = Picture("The student is as good", b"PNG", "<svg>wide</svg>", "<svg>narrow</svg>")
 PER_LAYER = {
     "model.layers.0.self_attn.q_proj.weight": 0.875,
     "model.layers.0.mlp.up_proj.weight": 0.925,
@@ -88,7 +90,8 @@ def description(**changes) -> RunDescription:
         "student_path": "runs/quickstart/grpo/model",
         "example_prompt": "a",
         "max_new_tokens": 3,
-        "plots": {"plots/accuracy.png": "The student is as good"},
+        "name": "a_run",
+        "pictures": {"plots/accuracy.png": PICTURE},
         "samples": [
             Sample(
                 prompt="12*3|4\n=",
@@ -160,7 +163,13 @@ def test_written_report_reads_back_the_same(tmp_path):
     report = full_report()
     write_report(tmp_path, report, description())
     assert json.loads((tmp_path / "report.json").read_text()) == report
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
+    assert (tmp_path / "plots" / "accuracy.png").read_bytes() == b"PNG"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "plots",
+        "report.html",
+        "report.json",
+        "report.md",
+    ]
 
 
 def test_markdown_holds_every_number(tmp_path):
@@ -176,7 +185,7 @@ def test_markdown_holds_every_number(tmp_path):
         "1.5 s", "1 min 5 s", "2 min 10 s", "3 min 17 s", "1.50 GiB",
         "42", "0123abc", "feed0", "2.13.0", "launch/train.py --config configs/quickstart.yaml",
         "![The student is as good](plots/accuracy.png)",
-        "forty-eight (right)", "(wrong)", "runs/quickstart/grpo/model",
+        "✓ forty-eight", "✗ xxx", "runs/quickstart/grpo/model",
     ):  # fmt: skip
         assert wanted in text, wanted
 
@@ -185,7 +194,7 @@ def test_markdown_tables_keep_their_shape_whatever_the_texts_hold(tmp_path):
     write_report(tmp_path, full_report(), description())
     text = (tmp_path / "report.md").read_text()
     assert r"a\|b\*c" in text
-    assert r"12\*3\|4<br>=" in text
+    assert r"> **Prompt.** 12\*3\|4<br>=" in text
     assert "x" * 600 + " ..." in text
     for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
         widths = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
@@ -198,7 +207,7 @@ def test_markdown_of_a_bare_measurement_has_no_empty_sections(tmp_path):
         measured_sparsity=0.0,
         per_layer_sparsity=PER_LAYER,
     )
-    write_report(tmp_path, report, description(plots={}, samples=[]))
+    write_report(tmp_path, report, description(pictures={}, samples=[]))
     text = (tmp_path / "report.md").read_text()
     for heading in ("Refinement", "Sample", "cost", "Perplexity:"):
         assert heading not in text

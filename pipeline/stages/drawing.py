@@ -1,0 +1,105 @@
+"""The pictures of a run, from what its stages left on disk; drawn is what there is data for."""
+
+import json
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pipeline.artifacts import MASK_FILE, RunFolder
+from pipeline.config import TRAINING_STAGES, Config
+from pipeline.evaluation.figures import Picture
+from pipeline.evaluation.magnitude_plot import count_pairs, plot_magnitude
+from pipeline.evaluation.movement_plot import movement_histogram, plot_movement
+from pipeline.evaluation.plots import plot_accuracy, plot_layer_sparsity, plot_perplexity
+from pipeline.evaluation.summary import Report
+from pipeline.evaluation.training_plots import plot_training
+from pipeline.models.prunable import prunable_weights
+from pipeline.sparsity.masks import load_masks
+from pipeline.sparsity.storage import saved_movement
+from pipeline.stages.inputs import open_dense_student, stage_before
+
+LOG_FILE = "log_history.json"
+STATE_FILE = "trainer_state.json"
+"""Of a checkpoint, which holds the log of a stage that is not done."""
+
+
+def draw(config: Config, folder: RunFolder, report: Report) -> dict[str, Picture]:
+    """Pictures by path relative to the run folder.
+
+    Args:
+        config: Of the run.
+        folder: Its stages.
+        report: What is known; of an unfinished run, parts of it.
+    """
+    pictures = {}
+    accuracy, per_layer = report.get("accuracy", {}), report["sparsity"].get("per_layer")
+    models = {name: accuracy[name] for name in accuracy.get("ci95", {})}
+    if "measured" in report["sparsity"]:
+        pictures["accuracy"] = plot_accuracy(
+            models,
+            accuracy["ci95"],
+            num_prompts=accuracy["num_prompts"],
+            sparsity=report["sparsity"]["measured"],
+        )
+    if per_layer:
+        pictures["layer_sparsity"] = plot_layer_sparsity(per_layer)
+    perplexity = {
+        name: value
+        for name, value in report.get("perplexity", {}).items()
+        if name in models and value is not None
+    }
+    if perplexity:
+        pictures["perplexity"] = plot_perplexity(perplexity, on=report["perplexity"]["on"])
+    logs = training_logs(folder)
+    if any(logs.values()):
+        pictures["training"] = plot_training(logs)
+    last = stage_before(folder, "evaluate")
+    if last in TRAINING_STAGES:
+        pictures["movement"] = _movement(config, folder.stage(last))
+        start = folder.stage("prune") / MASK_FILE
+        if start.exists():
+            dense = open_dense_student(config)
+            pictures["magnitude"] = _magnitude(config, folder.stage(last), dense, start)
+    return {f"plots/{name}.png": picture for name, picture in pictures.items()}
+
+
+def training_logs(folder: RunFolder) -> dict[str, list[dict]]:
+    """Log history by stage; of a stage that is not done, that of its newest checkpoint."""
+    logs = {}
+    for stage in TRAINING_STAGES:
+        path = folder.stage(stage) / LOG_FILE
+        states = folder.stage(stage).glob(f"checkpoint-*/{STATE_FILE}")
+        newest = max(states, key=lambda p: int(p.parent.name.rpartition("-")[2]), default=None)
+        if path.exists():
+            logs[stage] = json.loads(path.read_text())
+        elif newest is not None:
+            logs[stage] = json.loads(newest.read_text())["log_history"]
+    return logs
+
+
+def _movement(config: Config, source: Path) -> Picture:
+    saved = [(mask, movement) for _, _, mask, movement in saved_movement(source)]
+    sides = {
+        config.movement.kept: [movement[mask].float() for mask, movement in saved],
+        config.movement.pruned: [movement[~mask].float() for mask, movement in saved],
+    }
+    return plot_movement({seen: movement_histogram(tensors) for seen, tensors in sides.items()})
+
+
+def _magnitude(config: Config, source: Path, dense: PreTrainedModel, start: Path) -> Picture:
+    """Against the mask that training started from, each weight is kept, came back or is pruned."""
+    weights, first = prunable_weights(dense), load_masks(start)
+    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {"kept": [], "came back": [], "pruned": []}
+    for name, offset, mask, movement in saved_movement(source):
+        part = slice(offset, offset + mask.numel())
+        sizes = weights[name].detach().reshape(-1)[part].float().cpu()
+        before = first[name].reshape(-1)[part]
+        for side, chosen in (
+            ("kept", mask & before),
+            ("came back", mask & ~before),
+            ("pruned", ~mask),
+        ):
+            pairs[side].append((sizes[chosen], movement[chosen].float()))
+    counts = {side: count_pairs(found) for side, found in pairs.items()}
+    return plot_magnitude(counts, kept=config.movement.kept, pruned=config.movement.pruned)
