@@ -38,7 +38,8 @@ from pipeline.models.paths import resolve_model
 from pipeline.ranks import is_main, join_ranks, on_main, stop_together, world_size
 from pipeline.rules.batches import prompt_fault
 from pipeline.stages import distill, evaluate, export, grpo, on_policy, prune, sweep
-from pipeline.stages.inputs import TaskInputs, check_teacher, model_fingerprint, open_task
+from pipeline.stages.inputs import TaskInputs, check_teacher, device, model_fingerprint, open_task
+from pipeline.stages.interim import write_interim
 from pipeline.stages.training import end_step, max_steps, refining_stages
 from pipeline.stopping import STATUS, Stopped, acting
 from pipeline.training.arguments import check_trl_values
@@ -129,7 +130,7 @@ def run(config: Config, *, output_dir: Path, resume: str = "auto") -> None:
         with acting(alone=world_size() == 1):
             checkpoint = _checkpoint(folder, resume)
             on_main(partial(_settle, config, folder, resume))
-            _run_stages(config, folder, inputs, checkpoint)
+            _run_and_tell(config, folder, inputs, checkpoint)
         status = 0
     except UserError:
         status = 2
@@ -142,6 +143,21 @@ def run(config: Config, *, output_dir: Path, resume: str = "auto") -> None:
         if is_main():
             write_text(folder.root / "exit_status", f"{status}\n")
             release_lock(folder.root, owner)
+
+
+def _run_and_tell(
+    config: Config, folder: RunFolder, inputs: TaskInputs, checkpoint: Path | None
+) -> None:
+    """Runs the stages, and leaves a page also where none of them made the report."""
+    error = None
+    try:
+        _run_stages(config, folder, inputs, checkpoint)
+    except BaseException as found:
+        error = found
+        raise
+    finally:
+        if is_main():
+            write_interim(config, folder, inputs, error)
 
 
 def _run_stages(
@@ -180,6 +196,8 @@ def _begin(stage: str, config: Config, folder: RunFolder) -> dict[str, Any]:
         "versions": installed_versions(),
         "git_commit": git_commit(),
         "seed": config.run.seed,
+        "device": device().type,
+        "processes": world_size() if stage in ON_EVERY_RANK else 1,
         "seconds": old.get("seconds", 0.0),
         "done": False,
     }

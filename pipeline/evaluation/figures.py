@@ -14,7 +14,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
 BLUE, ORANGE, SKY, GREY = "#0072B2", "#D55E00", "#56B4E9", "#7F7F7F"
@@ -33,6 +33,7 @@ DARK_PAGE = {
 """A colour on a light page to the one that takes its place on a dark one."""
 WIDTH_INCHES, NARROW_INCHES, DOTS_PER_INCH = 8.0, 3.75, 125
 LEGEND_LINE_INCHES = 0.2
+NARROW_TICKS = 5
 TITLE_CHARACTERS, NARROW_LABEL_CHARACTERS = 84, 40
 
 
@@ -85,6 +86,8 @@ def finish(figure: Figure, title: str) -> Picture:
     figure.set_size_inches(NARROW_INCHES, height)
     for axes in figure.axes:
         axes.set_xlabel(fill(axes.get_xlabel(), NARROW_LABEL_CHARACTERS))
+        if axes.get_xscale() == "log":
+            axes.xaxis.set_major_locator(LogLocator(numticks=NARROW_TICKS))
     return Picture(title, png.getvalue(), wide, _svg(figure))
 
 

@@ -3,7 +3,7 @@
 For weights of like size in the dense student: the median of how far training moved them, and the
 range of the middle 80 %. Kept and pruned weights are observed in different units, and have a panel
 each. Pairs are counted on a logarithmic grid, so one pass over the weights is enough and the
-figures are exact to a bin, an eighth of a decade. What never moved lies in the lowest bin.
+figures are exact to a bin, a sixteenth of a decade. What never moved lies in the lowest bin.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,9 +22,9 @@ from pipeline.evaluation.figures import (
     plain_numbers,
 )
 from pipeline.evaluation.formats import percent
-from pipeline.evaluation.movement_plot import MOVEMENT_LABELS
+from pipeline.evaluation.movement_plot import MOVEMENT_DECADES, MOVEMENT_LABELS
 
-LOWEST_DECADE, DECADES, BINS_PER_DECADE = -24, 32, 8
+LOWEST_DECADE, DECADES, BINS_PER_DECADE = -24, 32, 16
 BINS = DECADES * BINS_PER_DECADE
 QUANTILES = (0.1, 0.5, 0.9)
 MIN_SHARE, MIN_WEIGHTS = 0.002, 10
@@ -39,7 +39,7 @@ def count_pairs(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         pairs: Sizes and movement of some weights, two tensors (n,) on the CPU, of any sign.
 
     Returns:
-        int64 (256, 256): sizes down, absolute movement across.
+        int64 (512, 512): sizes down, absolute movement across.
     """
     counts = torch.zeros(BINS * BINS, dtype=torch.int64)
     for sizes, movement in pairs:
@@ -92,7 +92,9 @@ def plot_magnitude(counts: Mapping[str, Tensor], *, kept: str, pruned: str) -> P
         plain_numbers(axes.yaxis)
         axes.grid(alpha=0.3)
         if axes.lines:
-            axes.legend(frameon=False, loc="upper left")
+            low, high = axes.get_ylim()
+            axes.set_ylim(bottom=max(low, high / 10**MOVEMENT_DECADES))
+            axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     lower.set_xlabel("size of the weight in the dense student")
     return finish(figure, title)
 

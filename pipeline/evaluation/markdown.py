@@ -1,7 +1,7 @@
 """`report.md`: the numbers of `report.json`, with what only a reader needs beside them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.evaluation.figures import Picture
@@ -43,12 +43,13 @@ def render_markdown(report: Report, description: RunDescription) -> str:
     asked = [[key, escape(text)] for key, text in description.asked.items()]
     sections = [
         f"# Run {escape(description.name)}",
-        " ".join(key_facts(report)),
+        " ".join([*_ended(description), *key_facts(report)]),
         "## What was asked",
         table([["what", "asked for"], *asked]),
+        *_settings(description.settings),
         "## What came out",
-        table(model_table(report)),
-        "\n".join(f"- {note}" for note in _notes(report)),
+        *_came_out(report),
+        *(f"[{escape(title)}]({path})" for title, path in description.other_pages.items()),
         *(picture_link(path, picture) for path, picture in description.pictures.items()),
         *_refinement(report.get("refinement")),
         *_samples(description.samples),
@@ -56,11 +57,40 @@ def render_markdown(report: Report, description: RunDescription) -> str:
         "## How to run it again",
         code_block(description.command, "sh"),
         table([["what", "value"], *_provenance(report)]),
+        *_try_it(description),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _ended(description: RunDescription) -> list[str]:
+    return [] if description.ended is None else [f"**{escape(description.ended)}**"]
+
+
+def _settings(settings: Mapping[str, Any]) -> list[str]:
+    """The keys that make this run what it is, folded."""
+    if not settings:
+        return []
+    rows = [[f"`{key}`", escape(str(value))] for key, value in settings.items()]
+    summary = f"<details><summary>{len(rows)} keys that are not the default</summary>"
+    return [summary, table([["key", "value"], *rows]), "</details>"]
+
+
+def _came_out(report: Report) -> list[str]:
+    """The table of models and what its columns are."""
+    rows = model_table(report)
+    if len(rows) == 1:
+        return ["No model of this run was measured."]
+    return [table(rows), "\n".join(f"- {note}" for note in _notes(report))]
+
+
+def _try_it(description: RunDescription) -> list[str]:
+    if description.student_path is None:
+        return []
+    return [
         "## How to try the model",
         f"It is in {escape(description.student_path)}.",
         code_block("\n".join(try_it_lines(description)), "python"),
     ]
-    return "\n\n".join(sections) + "\n"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -111,7 +141,7 @@ def _notes(report: Report) -> list[str]:
             f"Text perplexity: per token of {escape(text['on'])}; {text['num_tokens']:,} tokens in "
             f"windows of {text['seq_len']:,}."
         )
-    per_layer = report["sparsity"]["per_layer"].values()
+    per_layer = report.get("sparsity", {}).get("per_layer", {}).values()
     if per_layer:
         notes.append(
             f"Sparsity of single matrices: {percent(min(per_layer))} to {percent(max(per_layer))}."
@@ -182,13 +212,35 @@ def _short(text: str) -> str:
 
 
 def _cost(report: Report) -> list[str]:
-    timing = report.get("timing", {})
-    rows = [[stage, _duration(seconds)] for stage, seconds in timing.items()]
-    if rows:
-        rows.append(["all stages", _duration(sum(timing.values()))])
+    timing, cost = report.get("timing", {}), report.get("cost", {})
+    if not timing:
+        return []
+    rows = [[stage, _duration(timing[stage]), *_spent(cost.get(stage, {}))] for stage in timing]
+    hours = sum(spent["device_hours"] for spent in cost.values())
+    tokens = sum(spent.get("tokens", 0) for spent in cost.values())
+    total = [_duration(sum(timing.values())), "", _hours(hours) if cost else NOT_MEASURED]
+    rows.append(["all stages", *total, f"{tokens:,}" if tokens else NOT_MEASURED])
+    header = ["stage", "time", "on", "device hours", "tokens trained on"]
+    notes = [
+        "Device hours: time x devices, a process counting as one device where there is no "
+        "accelerator. Tokens: prompts and completions, over all ranks."
+    ]
     if "peak_memory_bytes" in report:
-        rows.append(["peak memory", f"{report['peak_memory_bytes'] / 2**30:.2f} GiB"])
-    return ["## What it cost", table([["what", "cost"], *rows])] if rows else []
+        peak = report["peak_memory_bytes"] / 2**30
+        notes.append(f"Peak memory of a process on the host: {peak:.2f} GiB.")
+    return ["## What it cost", table([header, *rows]), "\n".join(f"- {note}" for note in notes)]
+
+
+def _spent(cost: Mapping[str, Any]) -> list[str]:
+    """Devices, their hours and tokens of one stage."""
+    if not cost:
+        return [NOT_MEASURED] * 3
+    tokens = f"{cost['tokens']:,}" if "tokens" in cost else NOT_MEASURED
+    return [f"{cost['processes']} {cost['device']}", _hours(cost["device_hours"]), tokens]
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.3f}" if hours < 10 else f"{hours:,.1f}"
 
 
 def _duration(seconds: float) -> str:

@@ -44,7 +44,7 @@ class Measurements:
 def build_report(
     *,
     models: Mapping[str, Measurements],
-    measured_sparsity: float,
+    measured_sparsity: float | None,
     per_layer_sparsity: Mapping[str, float],
     target_sparsity: float | None = None,
     perplexity_on: str | None = None,
@@ -52,6 +52,7 @@ def build_report(
     refinement: Sequence[Mapping[str, Any]] | None = None,
     heldout: Mapping[str, Mapping[str, Any]] | None = None,
     timing: Mapping[str, float] | None = None,
+    cost: Mapping[str, Mapping[str, Any]] | None = None,
     peak_memory_bytes: int | None = None,
     versions: Mapping[str, str] | None = None,
     seed: int | None = None,
@@ -64,7 +65,8 @@ def build_report(
         models: Any of `teacher`, `dense` (the student before pruning), `pruned` (the one-shot
             student at the final target), `distilled`, `on_policy`, `student`; all on the same
             prompts.
-        measured_sparsity: Fraction of zeros among the final model's prunable weights, counted.
+        measured_sparsity: Fraction of zeros among the final model's prunable weights, counted;
+            None where there is none yet.
         per_layer_sparsity: The same for each weight by name.
         target_sparsity: What was asked for.
         perplexity_on: The text behind the perplexities, in words.
@@ -75,6 +77,7 @@ def build_report(
         heldout: Training stage to its optimizer `steps`, and to `step` and `accuracy`, on prompts
             set aside, of the student it left.
         timing: Stage to seconds.
+        cost: Stage to `device`, `processes`, `device_hours`, and of a training stage `tokens`.
         peak_memory_bytes: Largest of the run's processes.
         versions: Package to version.
         seed: Of the run.
@@ -89,7 +92,9 @@ def build_report(
     report = {
         "schema": SCHEMA,
         "sparsity": _present(
-            target=target_sparsity, measured=measured_sparsity, per_layer=dict(per_layer_sparsity)
+            target=target_sparsity,
+            measured=measured_sparsity,
+            per_layer=dict(per_layer_sparsity) or None,
         ),
         "accuracy": _accuracy(_by_model(measured, "accuracy")),
         "perplexity": _perplexity(_by_model(measured, "perplexity"), perplexity_on),
@@ -102,6 +107,7 @@ def build_report(
         },
         "heldout": {stage: dict(found) for stage, found in (heldout or {}).items()},
         "timing": dict(timing or {}),
+        "cost": {stage: dict(found) for stage, found in (cost or {}).items()},
         "versions": dict(versions or {}),
     }
     report = {key: value for key, value in report.items() if value != {}}

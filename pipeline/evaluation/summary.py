@@ -43,8 +43,8 @@ class RunDescription:
     """What was asked for, in words: `Teacher` to its path, `Task` to its name, and so on."""
     command: str
     """The command that makes this run again."""
-    student_path: str
-    """Where the final model can be loaded from."""
+    student_path: str | None
+    """Where the final model, or the last one so far, can be loaded from."""
     example_prompt: Prompt
     """A prompt to try it with, formatted as in training."""
     max_new_tokens: int
@@ -52,6 +52,12 @@ class RunDescription:
     pictures: Mapping[str, Picture] = field(default_factory=dict)
     """By path relative to the run folder."""
     samples: Sequence[Sample] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Dotted keys that are not the default, to their values."""
+    ended: str | None = None
+    """How a run stands that was not evaluated."""
+    other_pages: Mapping[str, str] = field(default_factory=dict)
+    """Title to path relative to the run folder."""
 
 
 def model_table(report: Report) -> list[list[str]]:
@@ -92,9 +98,7 @@ def _percent_cell(values: Mapping[str, float], name: str) -> str:
 
 def key_facts(report: Report) -> list[str]:
     """Sparsity, the student's accuracy beside the dense model's, and which students were kept."""
-    sparsity = report["sparsity"]
-    fact = f"Sparsity {sparsity['measured']:.4f}, counted in the saved weights"
-    facts = [f"{fact}; asked for {sparsity['target']:g}." if "target" in sparsity else f"{fact}."]
+    facts = _sparsity_facts(**report.get("sparsity", {}))
     accuracy = report.get("accuracy", {})
     if "student_over_dense" in accuracy:
         ratio, difference = accuracy["student_over_dense"], accuracy["student_minus_dense"]
@@ -111,6 +115,15 @@ def key_facts(report: Report) -> list[str]:
             f"right on {percent(found['accuracy'])} of the prompts set aside for choosing it."
         )
     return facts
+
+
+def _sparsity_facts(
+    measured: float | None = None, target: float | None = None, **_: Any
+) -> list[str]:
+    if measured is None:
+        return [] if target is None else [f"Sparsity {target:g} was asked for."]
+    fact = f"Sparsity {measured:.4f}, counted in the saved weights"
+    return [f"{fact}." if target is None else f"{fact}; asked for {target:g}."]
 
 
 def try_it_lines(description: RunDescription) -> list[str]:

@@ -5,7 +5,9 @@ the same reward, from which GRPO learns nothing. Only panels with data are drawn
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
+import numpy as np
 from matplotlib.axes import Axes
 
 from pipeline.evaluation.figures import (
@@ -48,6 +50,8 @@ PANELS = {
 
 FRACTIONS = ("dead groups", "accuracy", "sparsity")
 TERM_COLOURS = (GREEN, PURPLE, AMBER, GREY)
+MIN_STAGE_WIDTH = 0.3
+"""Of the picture, before the shares are made to add up to 1."""
 MAX_RATIO = 30
 """Of the largest value to the smallest, beyond which an axis is logarithmic."""
 
@@ -80,6 +84,7 @@ def plot_training(logs: Mapping[str, Log]) -> Picture:
             axes.axvline(start, color=GREY, linestyle="--", linewidth=1)
         axes.set(ylabel=PANELS[name][0], xlim=(0, end))
         axes.grid(alpha=0.3)
+    _share_width(all_axes[0], [*starts.values(), end])
     for stage, start in starts.items():
         all_axes[0].annotate(
             stage,
@@ -91,6 +96,23 @@ def plot_training(logs: Mapping[str, Log]) -> Picture:
     figure.align_ylabels()
     all_axes[-1].set_xlabel("optimizer step, counted across stages")
     return finish(figure, title)
+
+
+def _share_width(axes: Axes, borders: Sequence[float]) -> None:
+    """Gives a short stage a part of the width in which it can be seen.
+
+    Args:
+        axes: Of a figure whose panels share the horizontal axis.
+        borders: Steps at which stages begin, and the last one.
+    """
+    widths = np.diff(borders)
+    shares = np.maximum(widths / max(1, borders[-1]), MIN_STAGE_WIDTH)
+    places = np.concatenate([[0], np.cumsum(shares / shares.sum())])
+    forward = partial(np.interp, xp=borders, fp=places)
+    back = partial(np.interp, xp=places, fp=borders)
+    axes.set_xscale("function", functions=(forward, back))
+    middles = np.add(borders[:-1], widths / 2)
+    axes.set_xticks(sorted([*borders, *middles]))
 
 
 def _curves(logs: Mapping[str, Log], name: str, starts: Mapping[str, float]) -> list[Curve]:

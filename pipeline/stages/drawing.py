@@ -33,17 +33,17 @@ def draw(config: Config, folder: RunFolder, report: Report) -> dict[str, Picture
         report: What is known; of an unfinished run, parts of it.
     """
     pictures = {}
-    accuracy, per_layer = report.get("accuracy", {}), report["sparsity"].get("per_layer")
+    accuracy, sparsity = report.get("accuracy", {}), report.get("sparsity", {})
     models = {name: accuracy[name] for name in accuracy.get("ci95", {})}
-    if "measured" in report["sparsity"]:
+    if models and "measured" in sparsity:
         pictures["accuracy"] = plot_accuracy(
             models,
             accuracy["ci95"],
             num_prompts=accuracy["num_prompts"],
-            sparsity=report["sparsity"]["measured"],
+            sparsity=sparsity["measured"],
         )
-    if per_layer:
-        pictures["layer_sparsity"] = plot_layer_sparsity(per_layer)
+    if "per_layer" in sparsity:
+        pictures["layer_sparsity"] = plot_layer_sparsity(sparsity["per_layer"])
     perplexity = {
         name: value
         for name, value in report.get("perplexity", {}).items()

@@ -9,15 +9,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from pipeline.artifacts import (
-    STAGES,
-    RunFolder,
-    git_commit,
-    hash_json,
-    installed_versions,
-    write_json,
-)
-from pipeline.config import TRAINING_STAGES, Config
+from pipeline.artifacts import RunFolder, write_json
+from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.evaluation.accuracy import AccuracyResult
 from pipeline.evaluation.completions import TokenPair
@@ -41,7 +34,7 @@ from pipeline.stages.measure import (
     reference_completions,
     to_json,
 )
-from pipeline.stages.training import REFINEMENTS_FILE
+from pipeline.stages.run_facts import asked, facts, settings
 
 BETWEEN = {"distill": "distilled", "on_policy": "on_policy"}
 """Stages whose student is no more the final one when another has trained it, and its name then."""
@@ -57,7 +50,8 @@ def run(config: Config, folder: RunFolder, inputs: TaskInputs, out: Path) -> Non
     report = _report(config, folder, measured, student)
     description = RunDescription(
         name=folder.root.resolve().name,
-        asked=_asked(config, inputs),
+        asked=asked(config, inputs),
+        settings=settings(config),
         command=f"accelerate launch launch/train.py --config {folder.root / 'config.yaml'}",
         student_path=str(_student_path(config, folder)),
         example_prompt=inputs.format(inputs.task.test[0].prompt),
@@ -132,9 +126,7 @@ def _report(
     student: PreTrainedModel,
 ) -> Report:
     last = stage_before(folder, "evaluate")
-    records = {name: folder.record(name) for name in STAGES}
     sparsity, per_layer = measured_sparsity(student)
-    peaks = [r["peak_memory_bytes"] for r in records.values() if r and "peak_memory_bytes" in r]
     return build_report(
         models=measured,
         measured_sparsity=sparsity,
@@ -142,37 +134,8 @@ def _report(
         target_sparsity=None if last is None else config.prune.sparsity,
         perplexity_on=COMPLETIONS[config.evaluate.completions],
         text_path=config.evaluate.text_path,
-        refinement=_stage_files(folder, REFINEMENTS_FILE),
-        heldout={
-            stage: {"steps": record["steps"], **record["student"]}
-            for stage, record in records.items()
-            if record and record["done"] and record.get("student")
-        },
-        timing={name: r["seconds"] for name, r in records.items() if r and r["done"]},
-        peak_memory_bytes=max(peaks, default=None),
-        versions=installed_versions(),
-        seed=config.run.seed,
-        git_commit=git_commit(),
-        config_hash=hash_json(config.model_dump()),
+        **facts(config, folder),
     )
-
-
-def _stage_files(folder: RunFolder, name: str) -> list[dict] | None:
-    """The lists that the training stages left under one name, joined; None when there are none."""
-    files = [folder.stage(stage) / name for stage in TRAINING_STAGES]
-    lists = [json.loads(file.read_text()) for file in files if file.exists()]
-    return [entry for entries in lists for entry in entries] if lists else None
-
-
-def _asked(config: Config, inputs: TaskInputs) -> dict[str, str]:
-    return {
-        "Student": config.student.path,
-        "Teacher": config.teacher.path,
-        "Task": f"{inputs.task.name}, {len(inputs.task.train)} training prompts",
-        "Pruning": f"{config.prune.method}, redistribution {config.prune.redistribution}",
-        "Sparsity": f"{config.prune.sparsity:g} of the prunable weights",
-        "Stages": ", ".join(config.run.stages),
-    }
 
 
 def _samples(

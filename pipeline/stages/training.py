@@ -6,7 +6,7 @@ Every rank runs what is here; rank 0 writes the model and the JSON files.
 import json
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +170,8 @@ class Training:
     """Optimizer steps, fewer than `max_steps` where it ended early."""
     student: dict[str, Any] | None
     """`step` and held-out `accuracy` of the student it left; None where it did not measure."""
+    tokens: int = field(default=0, compare=False)
+    """Prompts and completions that it was trained on, over all ranks, padding left out."""
 
 
 def train(
@@ -224,7 +226,7 @@ def train(
             raise Stopped(requested() or "another rank")
         best = _leave_student(trainer, sparsity, heldout, out)
     forget_deepspeed()
-    return Training(trainer.state.global_step, best)
+    return Training(trainer.state.global_step, best, int(trainer.state.num_input_tokens_seen))
 
 
 def _leave_student(

@@ -48,9 +48,9 @@ def test_lines_are_medians_by_size(monkeypatch):
     plot_magnitude(counts, kept="gradient", pruned="proposed")
     (line,) = drawn[0].axes[0].lines
     for place, median in zip(line.get_xdata(), line.get_ydata(), strict=True):
-        step = 10 ** (1 / 16)  # half a bin to either side
+        step = 10 ** (1 / 32)  # half a bin to either side
         inside = (sizes > place / step) & (sizes <= place * step)
-        assert median == pytest.approx(movement[inside].median().item(), rel=10 ** (1 / 8) - 1)
+        assert median == pytest.approx(movement[inside].median().item(), rel=10 ** (1 / 16) - 1)
     assert not drawn[0].axes[1].lines
 
 
