@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.evaluation.figures import Picture
-from pipeline.evaluation.formats import number, percent
+from pipeline.evaluation.formats import duration, percent
 from pipeline.evaluation.summary import (
     MODELS,
     NOT_MEASURED,
@@ -215,10 +215,10 @@ def _cost(report: Report) -> list[str]:
     timing, cost = report.get("timing", {}), report.get("cost", {})
     if not timing:
         return []
-    rows = [[stage, _duration(timing[stage]), *_spent(cost.get(stage, {}))] for stage in timing]
+    rows = [[stage, duration(timing[stage]), *_spent(cost.get(stage, {}))] for stage in timing]
     hours = sum(spent["device_hours"] for spent in cost.values())
     tokens = sum(spent.get("tokens", 0) for spent in cost.values())
-    total = [_duration(sum(timing.values())), "", _hours(hours) if cost else NOT_MEASURED]
+    total = [duration(sum(timing.values())), "", _hours(hours) if cost else NOT_MEASURED]
     rows.append(["all stages", *total, f"{tokens:,}" if tokens else NOT_MEASURED])
     header = ["stage", "time", "on", "device hours", "tokens trained on"]
     notes = [
@@ -236,16 +236,11 @@ def _spent(cost: Mapping[str, Any]) -> list[str]:
     if not cost:
         return [NOT_MEASURED] * 3
     tokens = f"{cost['tokens']:,}" if "tokens" in cost else NOT_MEASURED
-    return [f"{cost['processes']} {cost['device']}", _hours(cost["device_hours"]), tokens]
+    return [f"{cost['processes']} x {cost['device']}", _hours(cost["device_hours"]), tokens]
 
 
 def _hours(hours: float) -> str:
     return f"{hours:.3f}" if hours < 10 else f"{hours:,.1f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{number(seconds)} s"
 
 
 def _provenance(report: Report) -> list[list[str]]:

@@ -17,7 +17,7 @@ MODELS = ("teacher", "dense", "pruned", "distilled", "on_policy", "student")
 Report = dict[str, Any]
 """The content of `report.json`, schema 1."""
 
-NOT_MEASURED = "-"
+NOT_MEASURED, NOT_FINITE = "-", "not finite"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ def _accuracy_cell(accuracy: Mapping[str, Any], name: str) -> str:
 def _number_cell(values: Mapping[str, float | None], name: str) -> str:
     if name not in values:
         return NOT_MEASURED
-    return "not finite" if values[name] is None else number(values[name])
+    return NOT_FINITE if values[name] is None else number(values[name])
 
 
 def _percent_cell(values: Mapping[str, float], name: str) -> str:
@@ -147,12 +147,17 @@ def try_it_lines(description: RunDescription) -> list[str]:
 
 def terminal_summary(report: Report, description: RunDescription) -> str:
     """What the terminal shows at the end of a run."""
-    table = model_table(report)
-    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in table
-    ]
     python = [f"    {line}" for line in try_it_lines(description)]
     where = f"The model is in {description.student_path}. To try it:"
-    return "\n".join([*lines, "", *key_facts(report), "", where, "", *python])
+    return "\n".join(
+        [*text_table(model_table(report)), "", *key_facts(report), "", where, "", *python]
+    )
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with the cells of each column below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]

@@ -57,7 +57,7 @@ def test_a_run_that_failed_midway(config, inputs, folder):
     assert "| pruned | 60.0 % [" in page
     assert "KL to the teacher goes from 1 to 0.111" in page
     assert "![KL to the teacher" in page
-    assert "| prune | 5 s | 2 cpu | 0.003 | - |" in page
+    assert "| prune | 5 s | 2 x cpu | 0.003 | - |" in page
     assert r"a\_run/prune/model" in page  # what there is to try so far
     assert "| `distill.max_steps` | 20 |" in page
     assert "<script>" not in (folder.root / "report.html").read_text()

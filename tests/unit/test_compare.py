@@ -1,0 +1,103 @@
+"""Runs beside each other: numbers, paired differences, keys that differ, folders that are none."""
+
+import json
+
+import pytest
+import yaml
+
+from launch.compare import main
+from pipeline.artifacts import RunFolder
+from pipeline.evaluation.intervals import paired_difference_interval
+from tests.unit.test_report import full_report, measurements
+
+CONFIG = {"run": {"seed": 42}, "task": {"path": "bundled"}, "prune": {"sparsity": 0.9}}
+
+
+def write_run(root, config=CONFIG, num_correct=186, is_done=True):
+    """A run folder as far as a comparison reads it."""
+    folder = RunFolder(root)
+    folder.write_record("prune", {"done": True})
+    folder.write_record("evaluate", {"done": is_done})
+    student = measurements(num_correct, 1.09, None)
+    report = full_report(
+        models={"student": student, "dense": measurements(193, 1.04, 0.0)},
+        cost={"prune": {"device": "cpu", "processes": 1, "device_hours": 0.5, "tokens": 1234}},
+    )
+    (root / "report.json").write_text(json.dumps(report))
+    correct = {"student": {"accuracy": {"correct": student.accuracy.correct}}}
+    (folder.stage("evaluate") / "metrics.json").write_text(json.dumps(correct))
+    (root / "config.yaml").write_text(yaml.safe_dump(config))
+    return str(root)
+
+
+def lines_of(capsys):
+    """First words of each printed line, up to two spaces, to the line."""
+    printed = capsys.readouterr().out.splitlines()
+    return {line.split("  ")[0]: line for line in printed}
+
+
+def test_numbers_stand_beside_each_other(tmp_path, capsys):
+    sparser = CONFIG | {"prune": {"sparsity": 0.95, "scope": "row"}}
+    one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", sparser, num_correct=150)
+    assert main([one, two]) == 0
+    lines = lines_of(capsys)
+    assert lines["run"].split() == ["run", "one", "two"]
+    assert "93.0 % [" in lines["accuracy, student"]
+    assert "75.0 % [" in lines["accuracy, student"]
+    assert "accuracy, teacher" not in lines
+    lists = [[i < n for i in range(200)] for n in (150, 186)]
+    low, high = paired_difference_interval(*lists)
+    difference = f"-18.0 points [{100 * low:+.1f}, {100 * high:+.1f}]"
+    assert lines["student minus that of one"].endswith(difference)
+    assert lines["KL to teacher, student"].split()[-4:] == ["not", "finite", "not", "finite"]
+    assert lines["tokens trained on"].split()[-2:] == ["1,234", "1,234"]
+    assert lines["prune.sparsity"].split() == ["prune.sparsity", "0.9", "0.95"]
+    assert lines["prune.scope"].split() == ["prune.scope", "not", "set", "row"]
+    assert "run.seed" not in lines
+
+
+@pytest.mark.parametrize("change", [{"run": {"seed": 1}}, {"task": {"path": "other.jsonl"}}])
+def test_students_of_other_prompts_are_not_paired(tmp_path, capsys, change):
+    one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", CONFIG | change)
+    assert main([one, two]) == 0
+    assert lines_of(capsys)["student minus that of one"].endswith("+0.0 points, other prompts")
+
+
+def test_an_unfinished_run_is_shown_with_what_it_has(tmp_path, capsys):
+    one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", is_done=False)
+    assert main([one, two]) == 0
+    lines = lines_of(capsys)
+    assert lines["stages"].endswith("prune, evaluate (not done)")
+    assert lines["accuracy, student"].endswith("-")
+    assert "All config keys are the same." in lines
+
+
+def test_the_page_has_the_same_and_nothing_of_a_name_is_live(tmp_path, capsys):
+    runs = [write_run(tmp_path / name) for name in ("<script>", "b|c")]
+    assert main([*runs, "--html", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert "93.0 % [" in page
+    assert "b|c" in page
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path, capsys):
+    runs = [write_run(tmp_path / folder / "run") for folder in ("a", "b")]
+    assert main(runs) == 0
+    assert lines_of(capsys)["run"].split() == ["run", *runs]
+
+
+@pytest.mark.parametrize("fault", ["alone", "missing", "empty", "broken"])
+def test_bad_input_is_one_message(tmp_path, capsys, fault):
+    good = write_run(tmp_path / "good")
+    bad = tmp_path / "bad"
+    if fault == "broken":
+        write_run(bad)
+        (bad / "report.json").write_text("{")
+    elif fault == "empty":
+        bad.mkdir()
+    assert main([good] if fault == "alone" else [good, str(bad)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: RUN: ")
+    assert error.count("\n") == 1
