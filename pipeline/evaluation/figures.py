@@ -26,14 +26,14 @@ DARK_PAGE = {
     "#ffffff": "#16181B",
     BLUE: "#5AA9E6",
     ORANGE: "#F28B45",
-    SKY: "#33658A",
+    SKY: "#4580A8",
     GREY: "#9A9FA5",
     GREEN: "#2FC29A",
 }
 """A colour on a light page to the one that takes its place on a dark one."""
 WIDTH_INCHES, NARROW_INCHES, DOTS_PER_INCH = 8.0, 3.75, 125
 LEGEND_LINE_INCHES = 0.2
-NARROW_TICKS = 5
+NARROW_TICKS = 4
 TITLE_CHARACTERS, NARROW_LABEL_CHARACTERS = 84, 40
 
 
@@ -85,7 +85,8 @@ def finish(figure: Figure, title: str) -> Picture:
         height += LEGEND_LINE_INCHES * len(legend.get_texts())
     figure.set_size_inches(NARROW_INCHES, height)
     for axes in figure.axes:
-        axes.set_xlabel(fill(axes.get_xlabel(), NARROW_LABEL_CHARACTERS))
+        label = fill(axes.get_xlabel(), NARROW_LABEL_CHARACTERS)
+        axes.set_xlabel(label, ha="right", x=1)  # below long names too, not only below the axes
         if axes.get_xscale() == "log":
             axes.xaxis.set_major_locator(LogLocator(numticks=NARROW_TICKS))
     return Picture(title, png.getvalue(), wide, _svg(figure))
