@@ -4,6 +4,7 @@
     python launch/benchmark.py --suite engine      the engine alone, by model shape
     python launch/benchmark.py --suite clipping    what the gradient norm does to movement
     python launch/benchmark.py --suite prune       one-shot methods on one layer, by shape
+    python launch/benchmark.py --suite inference   every export beside the dense model
 
 Each writes `results/benchmark_SUITE.json`: medians and quartiles, with hardware, date, versions and
 commit. `OMP_NUM_THREADS` sets torch's threads.
@@ -25,6 +26,7 @@ from pipeline.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "benchmark"
+SUITES = ("step", "engine", "clipping", "prune", "inference")
 BAD_INPUT = 2
 
 
@@ -66,6 +68,10 @@ def measure(arguments: argparse.Namespace, save: Callable[[dict], None]) -> None
         from launch.benchmarks import prune as suite
 
         result = suite.run(arguments.config or CONFIGS / "prune.yaml", save)
+    elif arguments.suite == "inference":
+        from launch.benchmarks import inference as suite
+
+        result = suite.run(arguments.config or CONFIGS / "inference.yaml", save)
     else:
         from launch.benchmarks import clipping as suite
 
@@ -77,12 +83,12 @@ def measure(arguments: argparse.Namespace, save: Callable[[dict], None]) -> None
 def main() -> int:
     """Runs one suite, prints it and writes it to `results/`. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--suite", choices=["step", "engine", "clipping", "prune"], required=True)
+    parser.add_argument("--suite", choices=SUITES, required=True)
     parser.add_argument("--steps", type=int, default=100, help="of suites step and clipping")
     parser.add_argument(
         "--config",
         type=Path,
-        help="shapes of suites engine and prune; default: configs/benchmark/SUITE.yaml",
+        help="shapes of suites engine, prune and inference; default: configs/benchmark/SUITE.yaml",
     )
     parser.add_argument("--output", type=Path, help="default: results/benchmark_SUITE.json")
     arguments = parser.parse_args()

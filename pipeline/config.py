@@ -381,11 +381,19 @@ class EvaluateConfig(_Section):
 class ExportConfig(_Section):
     """The final student as other software loads it; read by the stage export."""
 
-    formats: list[Literal["hf", "packed"]] = Field(["hf", "packed"], min_length=1)
+    formats: list[Literal["hf", "packed", "csr", "semi_structured", "narrow"]] = Field(
+        ["hf", "packed"], min_length=1
+    )
     """hf: an ordinary Hugging Face folder with zeros; packed: a mask bit per prunable weight and
-    the kept values, for pipeline.export.packed.load. Each is loaded again and compared."""
+    the kept values, for pipeline.export.packed.load; csr: the same file, with a loader whose sparse
+    products decode faster on a CPU; semi_structured: the same for 2:4 masks on a GPU; narrow: an
+    ordinary folder without the MLP channels and heads that the mask has emptied. Each is loaded
+    again and compared."""
     dtype: Dtype | None = None
     """Type of the exported weights; null is student.dtype."""
+    push_to_hub: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
+    """Hub id, OWNER/NAME, that the format hf is uploaded to, private where it is new; needs
+    HF_TOKEN. Null uploads nothing."""
 
 
 class SweepConfig(_Section):

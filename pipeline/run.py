@@ -72,7 +72,7 @@ KEYS_READ = {
     "on_policy": (("prune", "sparsity"), *_HELDOUT),
     "grpo": (("prune", "sparsity"), *_HELDOUT),
     "evaluate": (("prune", "sparsity"),),
-    "export": (("prune", "method"), ("prune", "redistribution")),
+    "export": (("prune", "method"), ("prune", "redistribution"), ("prune", "width_multiple")),
     "sweep": (),
 }
 """Single keys of other sections that are inputs too."""

@@ -26,7 +26,7 @@ after 6 channels a layer, 61 % after 30. The whole first-order term of a channel
 after the sum over j, with a first cut of 0.1: 0.011, 0.24, 0.75.
 
 Memory: the MLP gradients of one layer at a time, logits of a few tokens at a time. Left out:
-attention heads, biases, recovery training. `narrow.py` cuts the channels out.
+attention heads, biases, recovery training. `models/narrow.py` cuts the channels out.
 """
 
 import math

@@ -6,6 +6,7 @@ those keys is faulty by itself.
 
 from pipeline.config import Config
 from pipeline.rules.batches import batch_faults
+from pipeline.rules.export import export_faults
 from pipeline.rules.fault import Fault
 from pipeline.rules.idle_terms import idle_terms
 from pipeline.rules.lora import lora_faults
@@ -28,6 +29,7 @@ RULES = (
     sweep_faults,
     engine_faults,
     lora_faults,
+    export_faults,
 )
 
 

@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 from pipeline.artifacts import MASK_FILE, RunFolder, write_json
 from pipeline.config import Config
 from pipeline.evaluation.report import Measurements
+from pipeline.models.narrow import narrow_llama
 from pipeline.models.prunable import measured_sparsity, prunable_weights
 from pipeline.pruning.batches import CalibrationBatch
 from pipeline.pruning.methods import prune_model
-from pipeline.pruning.narrow import narrow_mlp
 from pipeline.sparsity.masks import save_masks
 from pipeline.stages.calibration import calibration_set
 from pipeline.stages.inputs import (
@@ -56,7 +56,7 @@ def run(config: Config, folder: RunFolder, inputs: TaskInputs, out: Path) -> Non
     pruned.mkdir(parents=True, exist_ok=True)
     save_masks(pruned / MASK_FILE, masks)
     if config.prune.method == "sdmprune":
-        narrow = narrow_mlp(student, width_multiple=config.prune.width_multiple)
+        narrow = narrow_llama(student, width_multiple=config.prune.width_multiple)
         save_model(narrow, inputs.tokenizer, pruned)
     metrics = {"sparsity": sparsity, "prune_seconds": seconds, **to_json(measurements)}
     write_json(pruned / "metrics.json", metrics)

@@ -9,10 +9,10 @@ import torch
 from transformers import LlamaForCausalLM
 
 from pipeline.errors import UserError
+from pipeline.models.narrow import narrow_llama
 from pipeline.models.prunable import apply_masks, measured_sparsity, prunable_weights
 from pipeline.pruning import sdmprune
 from pipeline.pruning.batches import calibration_batches
-from pipeline.pruning.narrow import narrow_mlp
 from pipeline.pruning.sdmprune import (
     FIRST_CUT_SHARE,
     KL_WEIGHT,
@@ -167,7 +167,7 @@ def test_width_is_the_nearest_multiple_and_sparsity_is_counted(width_multiple):
         masks = sdmprune_masks(pruned, make_batches(), sparsity, width_multiple=width_multiple)
         apply_masks(pruned, masks)
         assert measured_sparsity(pruned)[0] == pytest.approx(share * (1 - width / CHANNELS))
-        assert narrow_mlp(pruned, width_multiple=1).config.intermediate_size == width
+        assert narrow_llama(pruned, width_multiple=1).config.intermediate_size == width
 
 
 def test_more_than_the_mlps_hold_is_refused_with_the_largest_value():
@@ -220,7 +220,7 @@ def test_narrow_model_is_the_masked_model(changes, tmp_path):
     apply_masks(model, sdmprune_masks(model, make_batches(), 0.37, width_multiple=8))
     width = mlp_width(model, 0.37, 8)
     before = state_of(model)
-    narrow = narrow_mlp(model, width_multiple=8)
+    narrow = narrow_llama(model, width_multiple=8)
     assert_same_state(before, state_of(model))
     assert model.config.intermediate_size == CHANNELS
     assert narrow.config.intermediate_size == width < CHANNELS
@@ -260,7 +260,7 @@ def test_a_channel_is_dead_only_if_its_output_is_zero_whatever_the_input():
     gate.weight[5], up.weight[5] = 0.0, 0.0  # a constant, but not zero
     up.bias[6] = 0.0  # up still has its row
     gate.weight[7, :9] = up.weight[7, 9:] = down.weight[1:, 7] = 0.0  # sparse, not dead
-    narrow = narrow_mlp(model, width_multiple=1)
+    narrow = narrow_llama(model, width_multiple=1)
     kept = mlp_parts(narrow, 0)
     assert torch.equal(kept[0].weight, gate.weight[3:])
     assert torch.equal(kept[0].bias, gate.bias[3:])
@@ -278,7 +278,7 @@ def test_a_constant_gate_is_judged_by_its_activation(activation, width):
     gate, up, _ = mlp_parts(model, 0)
     up.bias.normal_()
     gate.weight[:2], gate.bias[0], gate.bias[1] = 0.0, -3.0, 3.0
-    narrow = narrow_mlp(model, width_multiple=1)
+    narrow = narrow_llama(model, width_multiple=1)
     assert narrow.config.intermediate_size == width
     torch.testing.assert_close(logits_of(narrow), logits_of(model), rtol=0.0, atol=1e-10)
 
@@ -291,7 +291,7 @@ def test_the_layer_with_most_channels_sets_the_width(width_multiple, width):
     model = make_model()
     mlp_parts(model, 0)[2].weight[:, 2:40] = 0.0
     mlp_parts(model, 1)[1].weight[5:12] = 0.0
-    narrow = narrow_mlp(model, width_multiple=width_multiple)
+    narrow = narrow_llama(model, width_multiple=width_multiple)
     assert narrow.config.intermediate_size == width
     torch.testing.assert_close(logits_of(narrow), logits_of(model), rtol=0.0, atol=1e-10)
 
@@ -299,13 +299,13 @@ def test_the_layer_with_most_channels_sets_the_width(width_multiple, width):
 @torch.no_grad()
 def test_nothing_to_cut_is_a_copy_and_no_live_channel_leaves_one():
     model = make_model(torch.bfloat16)
-    same = narrow_mlp(model)
+    same = narrow_llama(model)
     assert same is not model
     assert same.config.intermediate_size == CHANNELS
     assert all(torch.equal(v, same.state_dict()[k]) for k, v in model.state_dict().items())
     for index in range(2):
         mlp_parts(model, index)[2].weight.zero_()
-    narrow = narrow_mlp(model, width_multiple=1)
+    narrow = narrow_llama(model, width_multiple=1)
     assert narrow.config.intermediate_size == 1
     assert narrow.dtype == torch.bfloat16
     assert torch.equal(logits_of(narrow), logits_of(model))

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 NUM_CONFIGS = {
     "configs": 7,
     "configs/accelerate": 7,
-    "configs/benchmark": 2,
+    "configs/benchmark": 3,
     "configs/grid": 2,
 }
 
