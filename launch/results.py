@@ -11,7 +11,7 @@ A table stands between two markers. The first says what to show, as YAML on one 
 `file` is one of results/. A sweep has `measure` (kl, accuracy, perplexity, text_perplexity,
 recovered_kl or recovered_accuracy), or `against`, one of them, of the headline row beside each
 other row's; or at one `level` several `measures` side by side. `rows` and `levels` are optional.
-The prune suite has `layer`.
+The prune suite has `layer`, inference `model`, or `break_even`, a dtype of the dense side.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def render(page: str, results: Path) -> str:
     def fill(match: re.Match) -> str:
         wanted = yaml.safe_load(match[2])
         found = json.loads((results / f"{wanted['file']}.json").read_text())
-        show = layer_table if "layer" in wanted else sweep_table
+        show = next((SUITE_TABLES[key] for key in wanted if key in SUITE_TABLES), sweep_table)
         return f"{match[1]}\n{show(found, wanted)}\n\n{match[3]}"
 
     return MARKED.sub(fill, page)
@@ -124,6 +124,57 @@ def _side(figures: dict | None) -> str:
     peak = figures["peak_bytes"]
     memory = "" if peak is None else f", {peak / 2**20:,.0f}"
     return f"{number(seconds)} ({number(ratio)}){memory}"
+
+
+def inference_table(found: dict, wanted: dict) -> str:
+    """Exports of one model of the inference suite down; bytes, speeds and logits across."""
+    model = found["models"][wanted["model"]]
+    speeds = {f"decode_{size}": f"decode, batch {size}" for size in model["batch_sizes"]}
+    speeds["prefill"] = f"prompt of {model['prefill_tokens']}"
+    header = ["export", "zeros", "dtype", "MB", *speeds.values(), "logits differ by"]
+    body = [
+        [
+            row["export"],
+            f"{100 * row['sparsity']:.0f} %" + (" of MLP" if row["export"] == "narrow" else ""),
+            row["dtype"],
+            f"{row['bytes'] / 1e6:.1f}",
+            *(_speed(row.get(key)) for key in speeds),
+            f"{row['largest_logit_difference']:.1e} of {row['largest_logit']:.1f}",
+        ]
+        for row in model["exports"]
+    ]
+    return table([header, *body])
+
+
+def _speed(figures: dict | None) -> str:
+    """Tokens a second [quartiles], ratio to the dense model [quartiles]."""
+    if figures is None:
+        return ""
+    speed, ratio = figures["tokens_per_second"], figures["ratio"]
+    low, high = (number(value) for value in speed["quartiles"])
+    least, most = ratio["quartiles"]
+    return (
+        f"{number(speed['median'])} [{low}, {high}]<br>"
+        f"x {ratio['median']:.2f} [{least:.2f}, {most:.2f}]"
+    )
+
+
+def break_even_table(found: dict, wanted: dict) -> str:
+    """Batch sizes down, sparsities across: how many times as fast CSR is as the dense product."""
+    batches = {size: by[wanted["break_even"]] for size, by in found["break_even"].items()}
+    sparsities = next(iter(batches.values()))
+    body = [
+        [size, *(f"{ratio['median']:.2f}" for ratio in by.values())] for size, by in batches.items()
+    ]
+    return table([["batch", *sparsities], *body])
+
+
+SUITE_TABLES = {
+    "layer": layer_table,
+    "model": inference_table,
+    "break_even": break_even_table,
+}
+"""Key of a marker to what it shows; a marker without one shows a sweep."""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -21,10 +21,11 @@ from transformers import LlamaForCausalLM
 
 from pipeline.errors import UserError
 from pipeline.export import packed
-from pipeline.models.prunable import decoder_layers, prunable_modules
+from pipeline.models.prunable import decoder_layers, measured_sparsity, prunable_modules
 
-BREAK_EVEN_SPARSITY = 0.7
-"""From here on the CSR product is faster (`launch/benchmark.py --suite inference`, RESULTS.md)."""
+BREAK_EVEN_SPARSITY = {torch.float32: 0.55, torch.bfloat16: 0.8}
+"""From here on the CSR product is faster than the dense one of the dtype, for one token and for
+eight (`launch/benchmark.py --suite inference`, RESULTS.md)."""
 
 
 class CsrLinear(nn.Module):
@@ -74,16 +75,13 @@ def prepare(model: LlamaForCausalLM) -> LlamaForCausalLM:
             "export.formats: csr: this build of torch has no MKL, whose CSR products it needs; set "
             "packed instead"
         )
-    sparsities = [
-        float((module.weight == 0).float().mean())
-        for layer in decoder_layers(model)
-        for module in prunable_modules(layer).values()
-    ]
-    if max(sparsities) < BREAK_EVEN_SPARSITY:
+    sparsities = measured_sparsity(model)[1].values()
+    break_even = BREAK_EVEN_SPARSITY[model.dtype]
+    if max(sparsities) < break_even:
         raise UserError(
-            f"export.formats: csr: the sparsest matrix is {max(sparsities):.3f} zeros, and below "
-            f"{BREAK_EVEN_SPARSITY} dense products are faster; set a higher prune.sparsity, or "
-            "leave csr out"
+            f"export.formats: csr: no matrix is sparser than {max(sparsities):.3f}, and below "
+            f"{break_even} dense products in {str(model.dtype).removeprefix('torch.')} are faster; "
+            "set a higher prune.sparsity, or leave csr out"
         )
     return model
 
@@ -98,12 +96,12 @@ def load(folder: str | Path) -> LlamaForCausalLM:
 
 
 @torch.no_grad()
-def to_csr(
-    model: LlamaForCausalLM, break_even_sparsity: float = BREAK_EVEN_SPARSITY
-) -> LlamaForCausalLM:
+def to_csr(model: LlamaForCausalLM) -> LlamaForCausalLM:
     """Puts a `CsrLinear` in the place of every matrix that is sparse enough; returns the model."""
+    break_even = BREAK_EVEN_SPARSITY[model.dtype]
     for layer in decoder_layers(model):
         for name, module in prunable_modules(layer).items():
-            if (module.weight == 0).float().mean() >= break_even_sparsity:
+            zeros = int((module.weight == 0).sum())
+            if zeros >= break_even * module.weight.numel():
                 layer.set_submodule(name, CsrLinear(module))
     return model

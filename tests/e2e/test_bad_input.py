@@ -76,6 +76,13 @@ def test_a_value_that_trl_refuses(capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_an_export_that_does_not_fit_the_mask(capsys, tmp_path):
+    values = ["--stages", "prune,export", "--export.formats", "[semi_structured]"]
+    message = refused(capsys, tmp_path / "run", *values)
+    assert "export.formats: [semi_structured]: semi_structured needs a 2:4 mask" in message
+    assert not (tmp_path / "run").exists()
+
+
 def test_fewer_prompts_than_a_batch_asks_for(capsys, tmp_path):
     message = refused(capsys, tmp_path / "run", "--task.num_train", "15")
     assert message.startswith("error: grpo.generation_batch_size: 128: asks for 16 prompts")

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-from pipeline.export import packed
+from pipeline.export import csr, packed
 from pipeline.export.formats import differing_weights
 from pipeline.models.loading import load_model
 from pipeline.models.prunable import measured_sparsity
@@ -14,6 +14,7 @@ VALUES = {
     "run.stages": "[prune, evaluate, export]",
     "refine.start_sparsity": "null",
     "export.dtype": "bfloat16",
+    "export.formats": "[hf, packed, csr, narrow]",
     "task.num_train": 64,
     "task.num_test": 40,
     "task.num_calibration": 64,
@@ -33,6 +34,11 @@ def test_the_student_is_exported_small_and_the_same(tmp_path):
     unpacked = packed.load(out / "export" / "packed")
     assert differing_weights(student, ordinary) == []
     assert differing_weights(student, unpacked) == []
+    sparse = csr.load(out / "export" / "csr")
+    assert differing_weights(student, sparse) == []
+    assert any(isinstance(module, csr.CsrLinear) for module in sparse.modules())
+    narrow = load_model(str(out / "export" / "narrow"), dtype="bfloat16")
+    assert narrow.config.intermediate_size < student.config.intermediate_size
     sparsity, _ = measured_sparsity(unpacked)
     report = json.loads((out / "report.json").read_text())
     assert sparsity == report["sparsity"]["measured"]

@@ -139,6 +139,52 @@ def test_statistics_of_a_layer_are_shared_and_start_anew():
     assert "inverse_factor" not in vars(second[names["v_proj"]])
 
 
+INFERENCE_CONFIG = """
+break_even_sparsities: [0.9]
+models:
+  tiny: {hidden_size: 32, intermediate_size: 128, num_layers: 1, num_heads: 2,
+         num_key_value_heads: 1, vocab_size: 64, batch_sizes: [1, 2], new_tokens: 3,
+         prefill_tokens: 5, num_rounds: 2, dtypes: [float32, bfloat16], sparsities: [0.9],
+         narrow_mlp: 0.5}
+  large: {hidden_size: 32, intermediate_size: 128, num_layers: 1, device: cuda, batch_sizes: [1],
+          new_tokens: 3, prefill_tokens: 5, num_rounds: 2, dtypes: [bfloat16], sparsities: [],
+          narrow_mlp: 0.5}
+"""
+
+
+@pytest.mark.slow
+def test_inference_suite_writes_every_export(tmp_path):
+    (tmp_path / "models.yaml").write_text(INFERENCE_CONFIG)
+    output = tmp_path / "inference.json"
+    benchmark("--suite", "inference", "--config", tmp_path / "models.yaml", "--output", output)
+    result = json.loads(output.read_text())
+    found = result["models"]["tiny"]
+    assert [(row["export"], row["dtype"]) for row in found["exports"]] == [
+        (name, dtype)
+        for dtype in ("float32", "bfloat16")
+        for name in ("dense", "packed", "csr", "narrow")
+    ]
+    rows = {(row["export"], row["dtype"]): row for row in found["exports"]}
+    for (name, dtype), row in rows.items():
+        assert ("decode_2" in row and "prefill" in row) == (name != "packed")
+        exact = name in ("dense", "packed")
+        assert row["largest_logit_difference"] <= (0 if exact else 0.05) * row["largest_logit"]
+        if name in ("dense", "narrow"):
+            kept = {"dense": 128, "narrow": 64}[name]
+            weights = 64 * 32 + 32 * 32 * 3 + 3 * 32 * kept + 3 * 32
+            size = row["bytes"] / {"float32": 4, "bfloat16": 2}[dtype]
+            assert weights <= size <= weights + 2000
+    assert rows["dense", "float32"]["decode_1"]["ratio"]["median"] == 1.0
+    linear = 64 * 32 + 32 * 32 * 3
+    ratio = (linear + 3 * 32 * 128) / (linear + 3 * 32 * 64)
+    assert rows["narrow", "float32"]["flop_ratio"] == pytest.approx(ratio)
+    assert rows["packed", "bfloat16"]["prunable_ratio"] == pytest.approx(6.15, rel=0.01)
+    assert len(result["goals"]) == 2 * (2 + 3) + 1
+    assert result["break_even"]["1"]["bfloat16"]["0.9"]["median"] > 0
+    if not torch.cuda.is_available():
+        assert result["models"]["large"] == {"not_run": "no CUDA device"}
+
+
 def test_memory_of_a_call_is_what_it_holds_at_its_peak():
     memory = PeakMemory(torch.device("cpu"))
     memory.start()

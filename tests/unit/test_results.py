@@ -83,6 +83,29 @@ def test_layer_of_the_prune_suite(folder):
     assert "| wanda |  | 2 (1.5), 3 |" in page
 
 
+def test_exports_of_the_inference_suite(folder):
+    speed = {"median": 20.5, "quartiles": [19.0, 22.0]}
+    ratio = {"median": 2.25, "quartiles": [2.0, 2.5]}
+    rows = [
+        {"export": name, "sparsity": share, "dtype": "float32", "bytes": 3_100_000}
+        | {"largest_logit_difference": 2e-6, "largest_logit": 1.5} | timed
+        for name, share, timed in (
+            ("packed", 0.9, {}),
+            ("narrow", 0.4, {"decode_8": {"tokens_per_second": speed, "ratio": ratio}}),
+        )
+    ]  # fmt: skip
+    models = {"125M": {"batch_sizes": [8], "prefill_tokens": 128, "exports": rows}}
+    break_even = {"1": {"float32": {"0.5": {"median": 0.98}, "0.9": {"median": 4.125}}}}
+    (folder / "inference.json").write_text(json.dumps({"models": models, "break_even": break_even}))
+    page = results.render(MARKER.format("{file: inference, model: 125M}"), folder)
+    assert "| decode, batch 8 | prompt of 128 | logits differ by |" in page
+    assert "| packed | 90 % | float32 | 3.1 |  |  | 2.0e-06 of 1.5 |" in page
+    assert "| narrow | 40 % of MLP | float32 | 3.1 | 20.5 [19, 22]<br>x 2.25 [2.00, 2.50] |" in page
+    page = results.render(MARKER.format("{file: inference, break_even: float32}"), folder)
+    assert "| batch | 0.5 | 0.9 |" in page
+    assert "| 1 | 0.98 | 4.12 |" in page
+
+
 def test_row_that_is_not_there(folder):
     with pytest.raises(KeyError, match="no row nobody's"):
         results.render(MARKER.format('{file: sweep, measure: kl, rows: ["nobody\'s"]}'), folder)
