@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from huggingface_hub import hf_hub_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 
 from pipeline.models.paths import BUNDLED_MODEL, resolve_model
 
-FILES = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
+FILES = ["README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md"]
 HEAD = re.compile(r"\A---\n(.*?)\n---", re.DOTALL)
 TEXTS = (
     (re.compile(r"llama ([\d.]+) community license agreement", re.IGNORECASE), "llama{}"),
@@ -88,20 +88,16 @@ def find_licence(path: str, key: str, revision: str | None = None) -> Licence:
     source = resolve_model(path, key)
     if source == str(BUNDLED_MODEL):
         return Licence(OURS)
-    found = {name: file for name in FILES if (file := _file(source, name, revision))}
+    folder = Path(source)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(source, revision=revision, allow_patterns=FILES))
+        except (OSError, ValueError, EntryNotFoundError):
+            return Licence(None)
+    found = {name: folder / name for name in FILES if (folder / name).is_file()}
     card = found.pop("README.md", None)
     texts = [file.read_text(errors="replace") for file in found.values()]
     return Licence(_in_card(card) or _in_texts(texts), tuple(found.values()))
-
-
-def _file(source: str, name: str, revision: str | None) -> Path | None:
-    if Path(source).is_dir():
-        file = Path(source) / name
-        return file if file.is_file() else None
-    try:
-        return Path(hf_hub_download(source, name, revision=revision))
-    except (OSError, ValueError, EntryNotFoundError):
-        return None
 
 
 def _in_card(card: Path | None) -> str | None:

@@ -23,11 +23,16 @@ ROW_MULTIPLE, COLUMN_MULTIPLE = 32, 64
 
 
 def prepare(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """The model itself, if every prunable matrix is 2:4.
+    """The model itself, if every prunable matrix is 2:4 and in bf16.
 
     Raises:
         UserError: One is not; it names the first row.
     """
+    if model.dtype != torch.bfloat16:
+        raise UserError(
+            f"export.dtype: {str(model.dtype).removeprefix('torch.')}: torch's 2:4 products, for "
+            "the format semi_structured, are in 16 bits; set bfloat16"
+        )
     for name, weight in prunable_weights(model).items():
         rows, columns = weight.shape
         if columns % 4:

@@ -108,15 +108,19 @@ def refusal(name, model):
 def test_masks_that_do_not_fit_are_refused():
     assert "0.5" in refusal("csr", pruned(0.5))
     assert "decided by layer" in refusal("narrow", pruned(0.5))
-    model = pruned(0.5, "2:4")
+    assert prepared("csr", pruned(0.6), width_multiple=8)
+    assert "no matrix is sparser than 0.6" in refusal("csr", pruned(0.6).to(torch.bfloat16))
+    model = pruned(0.5, "2:4").to(torch.bfloat16)
     assert prepared("semi_structured", model, width_multiple=8) is model
     key = decoder_layers(model)[1].self_attn.k_proj.weight
-    key[5, 8:12] = 1
+    key[5, 8:12] = torch.tensor([1, 1, 0, 1])
     key[9, 0:4] = 1
     message = refusal("semi_structured", model)
-    assert "model.layers.1.self_attn.k_proj.weight: row 5 keeps 4 of columns 8 to 11" in message
+    assert "model.layers.1.self_attn.k_proj.weight: row 5 keeps 3 of columns 8 to 11" in message
     odd = pruned(0.9, hidden_size=30, num_attention_heads=3, num_key_value_heads=3)
-    assert "30 columns" in refusal("semi_structured", odd)
+    assert "30 columns" in refusal("semi_structured", odd.to(torch.bfloat16))
+    with pytest.raises(UserError, match=r"export\.dtype: float32: torch's 2:4"):
+        prepared("semi_structured", pruned(0.5, "2:4"), width_multiple=8)
 
 
 def test_a_2_4_model_is_written_anywhere_and_loads_on_gpus_alone(tmp_path, monkeypatch):
