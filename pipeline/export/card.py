@@ -123,6 +123,6 @@ def _licence(base_model: str, teacher: str, licences: Sequence[Licence]) -> list
     sentences = [told]
     if of_teacher != of_base:
         name = of_teacher.name or "a licence that no file beside it names"
-        sentences.append(f"It learned from {escape(teacher)}, under {name}.")
+        sentences.append(f"Its teacher, {escape(teacher)}, is under {name}.")
     sentences += dict.fromkeys(found.notice for found in licences if found.notice)
     return sentences

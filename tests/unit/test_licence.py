@@ -96,12 +96,12 @@ def test_card_under_other_licences():
     assert "license: apache-2.0" in text
     assert "# Llama-mine-sparse" in text
     assert "**Built with Llama**" in text  # learned from a Llama's outputs
-    assert "It learned from meta-llama/Llama-3.1-8B, under llama3.1." in text
+    assert "Its teacher, meta-llama/Llama-3.1-8B, is under llama3.1." in text
     unknown = card("mine", (Licence(None), Licence(None)))
     assert "license:" not in unknown
     assert "base_model:" not in unknown
     assert "No file beside the base model names its licence" in unknown
-    assert "It learned from" not in unknown
+    assert "Its teacher" not in unknown
 
 
 def test_names_begin_as_the_licences_ask():
