@@ -371,11 +371,30 @@ class EvaluateConfig(_Section):
     """Text of perplexity and KL: the teacher's greedy completions of the held-out prompts, or the
     task's answers to them."""
     text_path: Name | None = None
-    """Text file, or JSON lines with a column text, for a perplexity out of the task's domain."""
+    """Text for a perplexity out of the task's domain: a text file, JSON lines, a dataset folder or
+    a Hub id such as Salesforce/wikitext, with a column text."""
+    text_subset: Name | None = None
+    """Name of the Hub dataset's configuration, for example wikitext-2-raw-v1."""
+    text_split: Name | None = None
+    """Split of a folder or Hub dataset; null is test."""
     text_seq_len: int = Field(512, ge=2)
-    """Tokens the model sees at once there."""
+    """Tokens the model sees at once there. Published figures: 2048, of Llama-2 also 4096."""
     text_stride: int = Field(256, ge=1)
-    """Tokens scored of each such window; the others are context."""
+    """Tokens scored of each such window, the others are context; with text_seq_len, as published,
+    windows stand side by side."""
+    sampled_completions: int | None = Field(None, ge=1)
+    """Completions sampled for each held-out prompt, for pass@k; null samples none."""
+    pass_at_k: list[Annotated[int, Field(ge=1)]] = Field([1], min_length=1)
+    """Values of k, at most sampled_completions: chance that one of k sampled answers is right."""
+    temperature: float = Field(1.0, gt=0)
+    """Of those completions."""
+    zero_shot: list[Name] = []
+    """Tasks of lm-evaluation-harness (extra eval), with 0 examples in the prompt; [] leaves them
+    out."""
+    zero_shot_path: Name | None = None
+    """Folder with task files (YAML) of your own for it."""
+    zero_shot_batch_size: int = Field(4, ge=1)
+    """Its requests in one forward pass; their logits are held whole, so mind the vocabulary."""
 
 
 class ExportConfig(_Section):

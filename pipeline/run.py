@@ -38,7 +38,14 @@ from pipeline.models.paths import resolve_model
 from pipeline.ranks import is_main, join_ranks, on_main, stop_together, world_size
 from pipeline.rules.batches import prompt_fault
 from pipeline.stages import distill, evaluate, export, grpo, on_policy, prune, sweep
-from pipeline.stages.inputs import TaskInputs, check_teacher, device, model_fingerprint, open_task
+from pipeline.stages.inputs import (
+    TaskInputs,
+    check_models,
+    check_teacher,
+    device,
+    model_fingerprint,
+    open_task,
+)
 from pipeline.stages.interim import write_interim
 from pipeline.stages.training import end_step, max_steps, refining_stages
 from pipeline.stopping import STATUS, Stopped, acting
@@ -91,6 +98,7 @@ HARMLESS_KEYS = {
     "teacher.placement",
     "calibration.batch_size",
     "evaluate.batch_size",
+    "evaluate.zero_shot_batch_size",
     "grpo.on_trouble",
 }
 HARMLESS_PREFIXES = ("logging_", "log_", "report_to", "disable_tqdm", "save_", "run_name", "hub_")
@@ -116,6 +124,7 @@ def run(config: Config, *, output_dir: Path, resume: str = "auto") -> None:
     force_safe_loading()
     check_trl_values(config)
     inputs = open_inputs(config)
+    check_models(config)
     fault = prompt_fault(config, len(inputs.task.train))
     if fault is not None:
         raise UserError(fault)

@@ -1,4 +1,4 @@
-"""Reading tasks: pairs of prompt and answer from a file, a folder or the Hub.
+"""Reading tasks, pairs of prompt and answer, from a file, a folder or the Hub, and columns of text.
 
 A file holds one JSON object per line; a folder or a Hub dataset goes through the `datasets`
 library. Every fault is one message with the config's key, the place in the data and the remedy.
@@ -7,10 +7,15 @@ library. Every fault is one message with the config's key, the place in the data
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import UserError
 
 TEST_SPLIT_NAMES = ("test", "validation")
+TASK_REMEDY = (
+    "Set a file with one JSON object per line, or a folder or Hub id with train and test splits."
+)
+TEXT_REMEDY = "Set a text file, JSON lines, or a folder or Hub id, with a column text of texts."
 
 Pairs = list[tuple[str, str]]
 
@@ -52,12 +57,7 @@ def read_with_datasets(
     Raises:
         UserError: It cannot be loaded, is empty, or a row lacks a column.
     """
-    import datasets
-
-    try:
-        splits = datasets.load_dataset(source, subset)
-    except Exception as error:
-        raise UserError(_loading_error(path, subset, error)) from error
+    splits = _load_dataset(path, source, subset, "task.", TASK_REMEDY)
 
     def read(split: str) -> Pairs:
         records = ((f"row {i} of split {split}", record) for i, record in enumerate(splits[split]))
@@ -66,6 +66,56 @@ def read_with_datasets(
     pool = "train" if "train" in splits else next(iter(splits))
     test = next((name for name in TEST_SPLIT_NAMES if name in splits and name != pool), None)
     return read(pool), read(test) if test else []
+
+
+def read_text_column(
+    path: str, source: str, subset: str | None, split: str, column: str, keys: str
+) -> list[str]:
+    """Read a column of text of a folder or a Hub dataset with the `datasets` library.
+
+    Args:
+        path: The user's own value of the config key, for messages.
+        source: What `datasets.load_dataset` shall load.
+        subset: Configuration of a Hub dataset.
+        split: Name of the split.
+        column: Name of the column.
+        keys: What the config keys begin with (`evaluate.text_`): `path`, `subset` and `split`
+            follow.
+
+    Returns:
+        The column in the order of the rows.
+
+    Raises:
+        UserError: It cannot be loaded, or lacks the split or the column.
+    """
+    splits = _load_dataset(path, source, subset, keys, TEXT_REMEDY)
+    if split not in splits:
+        raise UserError(
+            f"{keys}split={split!r}: {path} has no such split. Set {' or '.join(splits)}."
+        )
+    documents = splits[split]
+    if column not in documents.column_names:
+        raise UserError(
+            f"{keys}path={path!r}: split {split} has no column {column} (it has "
+            f"{', '.join(documents.column_names)}). {TEXT_REMEDY}"
+        )
+    texts = documents[column][:]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(
+            f"{keys}path={path!r}: column {column} of split {split} holds more than text. "
+            f"{TEXT_REMEDY}"
+        )
+    return texts
+
+
+def _load_dataset(path: str, source: str, subset: str | None, keys: str, remedy: str) -> Any:
+    """All splits of a dataset, by name."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(source, subset)
+    except Exception as error:
+        raise UserError(_loading_error(path, subset, error, keys, remedy)) from error
 
 
 def _parse_lines(path: str, file: Path) -> Iterator[tuple[str, object]]:
@@ -95,31 +145,30 @@ def _parse_lines(path: str, file: Path) -> Iterator[tuple[str, object]]:
             ) from error
 
 
-def _loading_error(path: str, subset: str | None, error: Exception) -> str:
+def _loading_error(path: str, subset: str | None, error: Exception, keys: str, remedy: str) -> str:
     """Say in one line why `datasets` could not load `path`, and what to do."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, ValueError) and "config" in text.lower():
         return (
-            f"task.subset={subset!r}: {path} needs the name of one of its configurations. {text} "
-            "Set task.subset to one of them."
+            f"{keys}subset={subset!r}: {path} needs the name of one of its configurations. {text} "
+            f"Set {keys}subset to one of them."
         )
     if isinstance(error, ConnectionError):
         why = "HF_HUB_OFFLINE is set" if "Offline" in text else "the Hub cannot be reached"
         return (
-            f"task.path={path!r}: no such file or folder, {why}, and the dataset is not in the "
+            f"{keys}path={path!r}: no such file or folder, {why}, and the dataset is not in the "
             "local cache. Download it once with a network (the same command; HF_HOME says where "
             "it is kept), or set a local file."
         )
     if "gated" in text or "doesn't exist on the Hub" in text:
         return (
-            f"task.path={path!r}: no such file or folder, and {text} Check the spelling; for a "
+            f"{keys}path={path!r}: no such file or folder, and {text} Check the spelling; for a "
             "gated or private dataset accept its terms on its page and set HF_TOKEN; or set a "
             "local file."
         )
     cause = " ".join(str(error.__cause__ or "").split())
     return (
-        f"task.path={path!r}: it cannot be loaded: {text}{f' ({cause})' if cause else ''} Set a "
-        "file with one JSON object per line, or a folder or Hub id with train and test splits."
+        f"{keys}path={path!r}: it cannot be loaded: {text}{f' ({cause})' if cause else ''} {remedy}"
     )
 
 

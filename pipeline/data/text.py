@@ -1,7 +1,8 @@
-"""Plain text: a file as one string, and pieces of its tokens to calibrate on.
+"""Plain text: a file or a dataset as one string, and pieces of its tokens to calibrate on.
 
-A `.jsonl` file holds one document per line in its column `text`; a blank line joins them. Any other
-file is taken as it stands. Left out: text from the Hub, and an end token between documents.
+A `.jsonl` file holds one document per line in its column `text`, a dataset (a folder or on the Hub)
+one per row; a blank line joins them. Any other file is taken as it stands. Left out: an end token
+between documents.
 """
 
 import json
@@ -10,11 +11,53 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.data.sources import read_text_column
 from pipeline.errors import UserError
 
 COLUMN = "text"
 SURROGATE = re.compile("[\ud800-\udfff]")
 """Half of a pair, which JSON may hold and UTF-8 cannot."""
+
+DEFAULT_SPLIT = "test"
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.txt)(?<!\.json)(?<!\.jsonl)(?<!\.md)")
+
+
+def check_text_source(path: str, key: str) -> None:
+    """Looks whether there is text to read, without reading it.
+
+    Raises:
+        UserError: It is neither on disk nor a Hub id with its owner.
+    """
+    if not Path(path).expanduser().exists() and not HUB_ID.fullmatch(path):
+        raise UserError(
+            f"{key}: {path!r} is no file or folder, and no Hub id; set a text file, JSON lines "
+            f"with a column {COLUMN}, a dataset folder, or a Hub id such as Salesforce/wikitext"
+        )
+
+
+def load_text(path: str, keys: str, *, subset: str | None = None, split: str | None = None) -> str:
+    """Load text from a file, a folder that `datasets` can load, or the Hub.
+
+    Args:
+        path: What exists on disk wins over the Hub.
+        keys: What the config keys begin with (`evaluate.text_`): `path`, `subset` and `split`
+            follow.
+        subset: Configuration of a Hub dataset.
+        split: Of a folder or a Hub dataset; None is `DEFAULT_SPLIT`.
+
+    Raises:
+        UserError: It cannot be loaded, or holds no text.
+    """
+    key, local = f"{keys}path", Path(path).expanduser()
+    if local.is_file():
+        return read_text(path, key)
+    check_text_source(path, key)
+    source = str(local) if local.is_dir() else path
+    documents = read_text_column(path, source, subset, split or DEFAULT_SPLIT, COLUMN, keys)
+    text = "\n\n".join(documents)
+    if not text.strip():
+        raise UserError(f"{key}={path!r}: it holds no text. Set another dataset.")
+    return text
 
 
 def read_text(path: str, key: str) -> str:

@@ -3,6 +3,11 @@
 One accuracy is `k` correct of `n` prompts; its interval is Wilson's (1927), which stays inside
 [0, 1] and is right near the edges, where the textbook `p +- 1.96 sqrt(p (1 - p) / n)` is not.
 
+The mean of values in [0, 1], one of each prompt (pass@k), has the interval of Agresti and Coull
+(1998), American Statistician 52, 119-126, "add two successes and two failures", carried over:
+mean and variance of the n values with 0, 0, 1 and 1 beside them. Where all values are 0 or 1 it is
+theirs.
+
 Two models that answer the same prompts are paired: with `n_first` prompts that only the first
 answers, `n_second` only the second, and `z = 1.96`,
 
@@ -54,6 +59,27 @@ def wilson_interval(num_successes: int, num_trials: int, z: float = Z95) -> Inte
     low = 0.0 if num_successes == 0 else centre - half
     high = 1.0 if num_failures == 0 else centre + half
     return low, high
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """95 % interval of a mean of fractions.
+
+    Args:
+        values: (n,) One fraction in [0, 1] of each prompt.
+
+    Returns:
+        Low and high, both in [0, 1].
+
+    Raises:
+        ValueError: There are no values.
+    """
+    if len(values) == 0:
+        raise ValueError("a mean needs at least one prompt, got none")
+    n = len(values) + 4
+    mean = (sum(values) + 2) / n
+    variance = (sum(value * value for value in values) + 2) / n - mean * mean
+    half = Z95 * math.sqrt(max(0.0, variance) / n)
+    return max(0.0, mean - half), min(1.0, mean + half)
 
 
 def paired_difference_interval(first: Sequence[bool], second: Sequence[bool]) -> Interval:

@@ -6,6 +6,7 @@ from typing import Any
 
 from pipeline.evaluation.figures import Picture
 from pipeline.evaluation.formats import duration, percent
+from pipeline.evaluation.more_tables import more_tables
 from pipeline.evaluation.summary import (
     MODELS,
     NOT_MEASURED,
@@ -49,6 +50,7 @@ def render_markdown(report: Report, description: RunDescription) -> str:
         *_settings(description.settings),
         "## What came out",
         *_came_out(report),
+        *_more_tables(report),
         *(f"[{escape(title)}]({path})" for title, path in description.other_pages.items()),
         *(picture_link(path, picture) for path, picture in description.pictures.items()),
         *_refinement(report.get("refinement")),
@@ -137,9 +139,10 @@ def _notes(report: Report) -> list[str]:
         )
     if "text_perplexity" in report:
         text = report["text_perplexity"]
+        apart = f", {text['stride']:,} apart" if "stride" in text else ""
         notes.append(
             f"Text perplexity: per token of {escape(text['on'])}; {text['num_tokens']:,} tokens in "
-            f"windows of {text['seq_len']:,}."
+            f"windows of {text['seq_len']:,}{apart}."
         )
     per_layer = report.get("sparsity", {}).get("per_layer", {}).values()
     if per_layer:
@@ -147,6 +150,18 @@ def _notes(report: Report) -> list[str]:
             f"Sparsity of single matrices: {percent(min(per_layer))} to {percent(max(per_layer))}."
         )
     return notes
+
+
+def _more_tables(report: Report) -> list[str]:
+    return [
+        text
+        for more in more_tables(report)
+        for text in (
+            f"## {more.title}",
+            escape(more.note),
+            table([[escape(cell) for cell in row] for row in more.rows]),
+        )
+    ]
 
 
 def _refinement(entries: Sequence[dict[str, Any]] | None) -> list[str]:

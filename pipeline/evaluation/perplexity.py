@@ -6,7 +6,8 @@ over all N completion tokens of all rows together, the end token included; the p
 context and are not scored. 1 is certainty, the size of the vocabulary is blind guessing.
 
 Perplexities of different texts or sequence lengths do not compare, so both are reported. Left out:
-cutting a long text into windows with stride, which are such pairs with the overlap as prompt.
+cutting a long text into windows (`text_perplexity.py`), which are such pairs with the overlap as
+prompt.
 """
 
 import math
@@ -34,6 +35,8 @@ class Perplexity:
     """Completion tokens scored."""
     seq_len: int
     """Tokens of the longest prompt with its completion."""
+    stride: int | None = None
+    """Tokens from one window's start to the next one's; None where the rows are no windows."""
 
 
 @torch.no_grad()

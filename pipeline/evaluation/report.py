@@ -16,7 +16,9 @@ from typing import Any
 from pipeline.artifacts import write_json
 from pipeline.evaluation.accuracy import AccuracyResult
 from pipeline.evaluation.agreement import Agreement
+from pipeline.evaluation.harness import TaskScore
 from pipeline.evaluation.intervals import (
+    mean_interval,
     paired_difference_interval,
     paired_ratio_interval,
     wilson_interval,
@@ -24,6 +26,7 @@ from pipeline.evaluation.intervals import (
 from pipeline.evaluation.markdown import render_markdown
 from pipeline.evaluation.page import write_page
 from pipeline.evaluation.perplexity import Perplexity
+from pipeline.evaluation.sampled_accuracy import SampledAccuracy
 from pipeline.evaluation.summary import MODELS, Report, RunDescription
 
 SCHEMA = 1
@@ -38,7 +41,10 @@ class Measurements:
     agreement: Agreement | None = None
     """With the teacher, which has none with itself."""
     text_perplexity: Perplexity | None = None
-    """On a text file, out of the task's domain."""
+    """On a text out of the task's domain."""
+    sampled: SampledAccuracy | None = None
+    zero_shot: Mapping[str, TaskScore] | None = None
+    """Task of lm-evaluation-harness to its score."""
 
 
 def build_report(
@@ -49,6 +55,7 @@ def build_report(
     target_sparsity: float | None = None,
     perplexity_on: str | None = None,
     text_path: str | None = None,
+    pass_at_k: Sequence[int] = (1,),
     refinement: Sequence[Mapping[str, Any]] | None = None,
     heldout: Mapping[str, Mapping[str, Any]] | None = None,
     timing: Mapping[str, float] | None = None,
@@ -70,7 +77,8 @@ def build_report(
         per_layer_sparsity: The same for each weight by name.
         target_sparsity: What was asked for.
         perplexity_on: The text behind the perplexities, in words.
-        text_path: The file behind the text perplexities.
+        text_path: The text behind the text perplexities.
+        pass_at_k: Values of k to show of sampled answers.
         refinement: One entry for each refinement step: stage, step, target, pruned, regrown,
             survived (of all that ever regrew), accepted; under refine.verify also reward_before,
             reward_after (of the mask bound, or of the best one refused), score, and waited.
@@ -99,6 +107,11 @@ def build_report(
         "accuracy": _accuracy(_by_model(measured, "accuracy")),
         "perplexity": _perplexity(_by_model(measured, "perplexity"), perplexity_on),
         "text_perplexity": _perplexity(_by_model(measured, "text_perplexity"), text_path),
+        "pass_at_k": _sampled(_by_model(measured, "sampled"), pass_at_k),
+        "zero_shot": {
+            name: {task: vars(score) for task, score in scores.items()}
+            for name, scores in _by_model(measured, "zero_shot").items()
+        },
         "kl_to_teacher": {
             name: agreement.kl for name, agreement in _by_model(measured, "agreement").items()
         },
@@ -155,9 +168,37 @@ def _accuracy(results: Mapping[str, AccuracyResult]) -> dict[str, Any]:
 def _perplexity(results: Mapping[str, Perplexity], on: str | None) -> dict[str, Any]:
     if not results:
         return {}
-    ((num_tokens, seq_len),) = {(result.num_tokens, result.seq_len) for result in results.values()}
+    ((num_tokens, seq_len, stride),) = {
+        (result.num_tokens, result.seq_len, result.stride) for result in results.values()
+    }
     values = {name: result.value for name, result in results.items()}
-    return {**values, "num_tokens": num_tokens, "seq_len": seq_len, **_present(on=on)}
+    return {
+        **values,
+        "num_tokens": num_tokens,
+        "seq_len": seq_len,
+        **_present(stride=stride, on=on),
+    }
+
+
+def _sampled(results: Mapping[str, SampledAccuracy], ks: Sequence[int]) -> dict[str, Any]:
+    if not results:
+        return {}
+    ((num_prompts, num_samples, temperature),) = {
+        (len(result.num_correct), result.num_samples, result.temperature)
+        for result in results.values()
+    }
+    values, intervals = {}, {}
+    for name, result in results.items():
+        by_k = {str(k): result.pass_at(k) for k in ks}
+        values[name] = {k: sum(found) / num_prompts for k, found in by_k.items()}
+        intervals[name] = {k: list(mean_interval(found)) for k, found in by_k.items()}
+    return {
+        **values,
+        "ci95": intervals,
+        "num_prompts": num_prompts,
+        "num_samples": num_samples,
+        "temperature": temperature,
+    }
 
 
 def write_report(folder: Path, report: Report, description: RunDescription) -> None:

@@ -6,6 +6,7 @@ A local path wins over a Hub id. Architectures other than Llama are refused befo
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -73,6 +74,33 @@ def load_architecture(
             f"{', '.join(SUPPORTED_MODEL_TYPES)}. Set a Llama"
         )
     return config
+
+
+def check_model(
+    path: str,
+    *,
+    key: str = "student.path",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Looks at a model's config, and at the headers of its weights where they are local.
+
+    Raises:
+        UserError: As `load_model`; what only the weights themselves would show is left to it.
+    """
+    load_architecture(path, key=key, revision=revision, trust_remote_code=trust_remote_code)
+    folder = Path(resolve_model(path, key))
+    if not folder.is_dir():
+        return
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(
+            f"{key}: {path!r} holds no weights (*.safetensors); set the folder that "
+            "save_pretrained() wrote"
+        )
+    for file in files:
+        with _explained(key, path), safe_open(file, framework="pt"):
+            pass
 
 
 def load_tokenizer(
@@ -148,9 +176,11 @@ class _explained:
         return None
 
     def __exit__(self, kind, error, traceback) -> bool:
-        if not isinstance(error, (OSError, ValueError)) or isinstance(error, UserError):
-            return False
         text = str(error)
+        is_file = isinstance(error, (OSError, ValueError, TypeError, SafetensorError))
+        is_shape = isinstance(error, RuntimeError) and "mismatched" in text
+        if not (is_file or is_shape) or isinstance(error, UserError):
+            return False
         if "gated" in text or "401" in text or "403" in text:
             remedy = "it is gated: accept its licence on the Hub, then set HF_TOKEN"
         elif isinstance(error, OSError) and not Path(self.path).is_dir():

@@ -13,7 +13,13 @@ from pipeline.rules.lora import lora_faults
 from pipeline.rules.masks import method_faults, pattern_faults, sparsity_faults
 from pipeline.rules.rewards import format_faults, teacher_term_faults
 from pipeline.rules.sweep import sweep_faults
-from pipeline.rules.training import engine_faults, heldout_faults, text_faults, training_faults
+from pipeline.rules.training import (
+    engine_faults,
+    heldout_faults,
+    sampling_faults,
+    text_faults,
+    training_faults,
+)
 
 RULES = (
     training_faults,
@@ -26,6 +32,7 @@ RULES = (
     method_faults,
     text_faults,
     heldout_faults,
+    sampling_faults,
     sweep_faults,
     engine_faults,
     lora_faults,

@@ -23,6 +23,16 @@ def sweep_faults(config: Config) -> Iterator[Fault]:
             "there is nothing to compare",
             "set rows such as in configs/sweep.yaml",
         )
+    for key, off in (("sampled_completions", None), ("zero_shot", [])):
+        value = getattr(config.evaluate, key)
+        if value != off:
+            yield Fault(
+                f"evaluate.{key}",
+                value,
+                "a sweep shows greedy accuracy, KL and perplexity only",
+                f"set {'null' if off is None else '[]'} instead, and measure single students",
+                ("run.stages",),
+            )
     faults = [fault for label in sweep.rows for fault in _row_faults(config, label)]
     yield from faults
     if sweep.rows and not faults and not any(sweep_levels(config, row) for row in sweep.rows):

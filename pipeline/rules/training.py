@@ -70,14 +70,29 @@ def text_faults(config: Config) -> Iterator[Fault]:
             "set a text file, or another calibration.source, instead",
             ("calibration.source",),
         )
-    if config.evaluate.text_stride >= config.evaluate.text_seq_len:
+    if config.evaluate.text_stride > config.evaluate.text_seq_len:
         yield Fault(
             "evaluate.text_stride",
             config.evaluate.text_stride,
-            "leaves no context in windows of evaluate.text_seq_len, "
+            "would leave tokens out between windows of evaluate.text_seq_len, "
             f"{config.evaluate.text_seq_len}",
-            f"set {config.evaluate.text_seq_len - 1} or less instead",
+            f"set {config.evaluate.text_seq_len} or less instead",
             ("evaluate.text_seq_len",),
+        )
+
+
+def sampling_faults(config: Config) -> Iterator[Fault]:
+    """pass@k needs k answers."""
+    values = config.evaluate
+    too_many = [k for k in values.pass_at_k if k > (values.sampled_completions or k)]
+    if too_many:
+        yield Fault(
+            "evaluate.pass_at_k",
+            values.pass_at_k,
+            f"pass@{too_many[0]} needs as many of evaluate.sampled_completions, "
+            f"{values.sampled_completions}",
+            f"set {values.sampled_completions} or less, or sample more, instead",
+            ("evaluate.sampled_completions",),
         )
 
 

@@ -29,9 +29,11 @@ from pipeline.stages.inputs import (
 )
 from pipeline.stages.measure import (
     COMPLETIONS,
+    comparable,
     from_json,
     measure,
     reference_completions,
+    text_in_words,
     to_json,
 )
 from pipeline.stages.run_facts import asked, facts, settings
@@ -105,7 +107,8 @@ def _measure_all(
     add("dense", open_dense_student(config), teacher)
     one_shot = folder.stage("prune") / "one_shot" / "metrics.json"
     if one_shot.exists():
-        measured["pruned"] = from_json(json.loads(one_shot.read_text()))
+        pruned = from_json(json.loads(one_shot.read_text()))
+        measured["pruned"] = comparable(pruned, measured["dense"])
     for stage, name in BETWEEN.items():
         if stage != last and folder.is_done(stage):
             add(name, load_model(str(folder.stage(stage) / "model")).to(device()), teacher)
@@ -133,7 +136,8 @@ def _report(
         per_layer_sparsity=per_layer,
         target_sparsity=None if last is None else config.prune.sparsity,
         perplexity_on=COMPLETIONS[config.evaluate.completions],
-        text_path=config.evaluate.text_path,
+        text_path=text_in_words(config),
+        pass_at_k=config.evaluate.pass_at_k,
         **facts(config, folder),
     )
 

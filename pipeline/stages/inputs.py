@@ -9,10 +9,18 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.artifacts import RunFolder, hash_file, replaced_folder
-from pipeline.config import TRAINING_STAGES, Config
+from pipeline.config import TRAINING_STAGES, Config, EvaluateConfig
 from pipeline.data.tasks import Task, load_task
+from pipeline.data.text import load_text
 from pipeline.errors import UserError
-from pipeline.models.loading import check_same_tokenizer, load_model, load_tokenizer
+from pipeline.evaluation.harness import HarnessTasks, open_harness_tasks
+from pipeline.evaluation.text_perplexity import text_windows
+from pipeline.models.loading import (
+    check_model,
+    check_same_tokenizer,
+    load_model,
+    load_tokenizer,
+)
 from pipeline.models.paths import resolve_model
 from pipeline.models.prompts import Prompt, encode_prompt, format_prompt
 from rewards.correctness import Verifier, find_verifier
@@ -31,6 +39,10 @@ class TaskInputs:
     """Row prompt to what TRL takes."""
     encode: Callable[[str], list[int]]
     """Row prompt to token ids."""
+    text_ids: list[int] | None = None
+    """Tokens of `evaluate.text_path`; None where it is not set."""
+    harness: HarnessTasks | None = None
+    """The tasks of `evaluate.zero_shot`; None where there are none."""
 
 
 def device() -> torch.device:
@@ -39,10 +51,11 @@ def device() -> torch.device:
 
 
 def open_task(config: Config) -> TaskInputs:
-    """Loads the task and the student's tokenizer.
+    """Loads the task, the student's tokenizer, and what evaluation looks at beside the task.
 
     Raises:
-        UserError: The task, its verifier or the tokenizer cannot be loaded.
+        UserError: The task, its verifier or the tokenizer cannot be loaded, the text is shorter
+            than one window, or a zero-shot task is unknown.
     """
     values = config.task
     task = load_task(
@@ -71,9 +84,44 @@ def open_task(config: Config) -> TaskInputs:
             "own completion, so nothing would ever be right; set a verifier that fits the answers"
         )
     form = partial(format_prompt, tokenizer, instruction=values.instruction)
+    evaluate = config.evaluate
     return TaskInputs(
-        task, tokenizer, verifier, form, lambda prompt: encode_prompt(tokenizer, form(prompt))
+        task,
+        tokenizer,
+        verifier,
+        form,
+        lambda prompt: encode_prompt(tokenizer, form(prompt)),
+        _text_ids(evaluate, tokenizer) if evaluate.text_path else None,
+        open_harness_tasks(evaluate.zero_shot, evaluate.zero_shot_path)
+        if evaluate.zero_shot
+        else None,
     )
+
+
+def _text_ids(values: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of `evaluate.text_path`, which fill one window at least."""
+    text = load_text(
+        values.text_path, "evaluate.text_", subset=values.text_subset, split=values.text_split
+    )
+    token_ids = tokenizer(text, verbose=False)["input_ids"]
+    text_windows(token_ids, seq_len=values.text_seq_len, stride=values.text_stride)
+    return token_ids
+
+
+def check_models(config: Config) -> None:
+    """Makes sure that student and teacher are Llamas with weights, as far as no weight is read.
+
+    Raises:
+        UserError: One is not.
+    """
+    for role in ("student", "teacher"):
+        values = getattr(config, role)
+        check_model(
+            values.path,
+            key=f"{role}.path",
+            revision=values.revision,
+            trust_remote_code=getattr(values, "trust_remote_code", False),
+        )
 
 
 def check_teacher(config: Config, student_tokenizer: PreTrainedTokenizerBase) -> None:

@@ -15,7 +15,7 @@ from pipeline.evaluation.report import build_report
 from pipeline.evaluation.summary import RunDescription
 from pipeline.stages.drawing import draw
 from pipeline.stages.inputs import TaskInputs, stage_before
-from pipeline.stages.measure import COMPLETIONS, from_json
+from pipeline.stages.measure import COMPLETIONS, from_json, text_in_words
 from pipeline.stages.run_facts import asked, facts, settings
 from pipeline.stopping import Stopped, held
 
@@ -56,7 +56,8 @@ def _write(
         per_layer_sparsity={},
         target_sparsity=None if is_sweep else config.prune.sparsity,
         perplexity_on=COMPLETIONS[config.evaluate.completions],
-        text_path=config.evaluate.text_path,
+        text_path=text_in_words(config),
+        pass_at_k=config.evaluate.pass_at_k,
         **facts(config, folder),
     )
     last = stage_before(folder, "evaluate")

@@ -2,7 +2,8 @@
 
 Accuracy: greedy, on held-out prompts. Perplexity and KL: on given completions of the same prompts,
 by default the teacher's greedy ones, because a task's reference answer need not be what a model
-should write. A second perplexity, on a text file, looks beyond the task where one is given.
+should write. Where the config asks for it: sampled accuracy, a second perplexity on a text out of
+the task's domain, and zero-shot tasks.
 """
 
 from dataclasses import asdict, replace
@@ -11,12 +12,13 @@ from transformers import PreTrainedModel
 
 from pipeline.artifacts import RunFolder
 from pipeline.config import Config
-from pipeline.data.text import read_text
 from pipeline.evaluation.accuracy import AccuracyResult, greedy_accuracy
 from pipeline.evaluation.agreement import Agreement, agreement_with_teacher
 from pipeline.evaluation.completions import TokenPair
+from pipeline.evaluation.harness import TaskScore, zero_shot_scores
 from pipeline.evaluation.perplexity import Perplexity, completion_perplexity
 from pipeline.evaluation.report import Measurements
+from pipeline.evaluation.sampled_accuracy import SampledAccuracy, sampled_accuracy
 from pipeline.evaluation.text_perplexity import text_windows
 from pipeline.models.prompts import encode_answer
 from pipeline.stages.inputs import TaskInputs
@@ -27,6 +29,13 @@ COMPLETIONS = {
     "answers": "the task's answers to the held-out prompts",
 }
 """`evaluate.completions` in words."""
+
+
+def text_in_words(config: Config) -> str | None:
+    """The text of the second perplexity; None where there is none."""
+    values = config.evaluate
+    parts = (values.text_path, values.text_subset, values.text_split)
+    return " ".join(filter(None, parts)) if values.text_path else None
 
 
 def reference_completions(
@@ -85,12 +94,23 @@ def measure(
         batch_size=config.evaluate.batch_size,
         progress=f"{name}: accuracy",
     )
-    batch_size = config.evaluate.batch_size
     found = Measurements(
-        accuracy=accuracy, text_perplexity=_text_perplexity(name, model, config, inputs)
+        accuracy=accuracy,
+        sampled=_sampled(name, model, config, inputs),
+        text_perplexity=_text_perplexity(name, model, config, inputs),
+        zero_shot=None
+        if inputs.harness is None
+        else zero_shot_scores(
+            model,
+            inputs.tokenizer,
+            inputs.harness,
+            batch_size=config.evaluate.zero_shot_batch_size,
+            seed=config.run.seed,
+        ),
     )
     if pairs is None:
         return found
+    batch_size = config.evaluate.batch_size
     if compare_with is not None:
         agreement = agreement_with_teacher(
             model, compare_with, pairs, batch_size=batch_size, progress=f"{name}: KL"
@@ -102,25 +122,66 @@ def measure(
     return replace(found, perplexity=perplexity)
 
 
-def text_tokens(config: Config, inputs: TaskInputs) -> list[int]:
-    """The tokens of `evaluate.text_path`."""
-    text = read_text(config.evaluate.text_path, "evaluate.text_path")
-    return inputs.tokenizer(text, verbose=False)["input_ids"]
+def _sampled(
+    name: str, model: PreTrainedModel, config: Config, inputs: TaskInputs
+) -> SampledAccuracy | None:
+    """Accuracy of sampled answers; None where none are asked for."""
+    values = config.evaluate
+    if values.sampled_completions is None:
+        return None
+    return sampled_accuracy(
+        model,
+        inputs.tokenizer,
+        inputs.task.test,
+        inputs.encode,
+        inputs.verifier,
+        num_samples=values.sampled_completions,
+        temperature=values.temperature,
+        max_new_tokens=values.max_new_tokens,
+        batch_size=values.batch_size,
+        seed=config.run.seed,
+        progress=f"{name}: sampled accuracy",
+    )
 
 
 def _text_perplexity(
     name: str, model: PreTrainedModel, config: Config, inputs: TaskInputs
 ) -> Perplexity | None:
     """Perplexity of `evaluate.text_path` in windows; None where it is not set."""
-    values = config.evaluate
-    if values.text_path is None:
+    if inputs.text_ids is None:
         return None
-    windows = text_windows(
-        text_tokens(config, inputs), seq_len=values.text_seq_len, stride=values.text_stride
+    values = config.evaluate
+    seq_len, stride = values.text_seq_len, values.text_stride
+    found = completion_perplexity(
+        model,
+        text_windows(inputs.text_ids, seq_len=seq_len, stride=stride),
+        batch_size=max(1, values.batch_size * values.max_new_tokens // seq_len),
+        progress=f"{name}: text perplexity",
     )
-    batch_size = max(1, values.batch_size * values.max_new_tokens // values.text_seq_len)
-    return completion_perplexity(
-        model, windows, batch_size=batch_size, progress=f"{name}: text perplexity"
+    return replace(found, stride=stride)
+
+
+def comparable(found: Measurements, to: Measurements) -> Measurements:
+    """Measurements without what was taken on another text, window or number of samples.
+
+    A one-shot student is measured when it is pruned, the others at the end.
+    """
+
+    def same(kind: str, *what: str) -> bool:
+        one, other = getattr(found, kind), getattr(to, kind)
+        return (
+            one is not None
+            and other is not None
+            and all(getattr(one, name) == getattr(other, name) for name in what)
+        )
+
+    taken_on = ("num_tokens", "seq_len", "stride")
+    return replace(
+        found,
+        perplexity=found.perplexity if same("perplexity", *taken_on) else None,
+        agreement=found.agreement if same("agreement", "num_tokens") else None,
+        text_perplexity=found.text_perplexity if same("text_perplexity", *taken_on) else None,
+        sampled=found.sampled if same("sampled", "num_samples", "temperature") else None,
     )
 
 
@@ -131,11 +192,16 @@ def to_json(measurements: Measurements) -> dict:
 
 def from_json(values: dict) -> Measurements:
     """Measurements as `to_json` gave them."""
-    return Measurements(
-        accuracy=AccuracyResult(**values["accuracy"]) if values["accuracy"] else None,
-        perplexity=Perplexity(**values["perplexity"]) if values["perplexity"] else None,
-        agreement=Agreement(**values["agreement"]) if values["agreement"] else None,
-        text_perplexity=Perplexity(**values["text_perplexity"])
-        if values["text_perplexity"]
-        else None,
-    )
+    kinds = {
+        "accuracy": AccuracyResult,
+        "perplexity": Perplexity,
+        "agreement": Agreement,
+        "text_perplexity": Perplexity,
+        "sampled": SampledAccuracy,
+    }
+    found = {name: kind(**values[name]) for name, kind in kinds.items() if values.get(name)}
+    if values.get("zero_shot"):
+        found["zero_shot"] = {
+            task: TaskScore(**score) for task, score in values["zero_shot"].items()
+        }
+    return Measurements(**found)

@@ -43,7 +43,7 @@ from pipeline.stages.inputs import (
     open_task,
     open_teacher,
 )
-from pipeline.stages.measure import COMPLETIONS, measure, reference_completions, text_tokens
+from pipeline.stages.measure import COMPLETIONS, measure, reference_completions
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,12 @@ HARMLESS_KEYS = (
     ("evaluate", "num_samples"),
     ("evaluate", "every_steps"),
     ("evaluate", "patience"),
+    ("evaluate", "sampled_completions"),
+    ("evaluate", "pass_at_k"),
+    ("evaluate", "temperature"),
+    ("evaluate", "zero_shot"),
+    ("evaluate", "zero_shot_path"),
+    ("evaluate", "zero_shot_batch_size"),
 )
 """Keys that change no number of a cell, but for `evaluate.batch_size`: sampling depends on it, so
 other completions of the same teacher calibrate."""
@@ -178,6 +184,9 @@ def _depends_on(row: Config, models: str) -> dict[str, Any]:
     values = row.model_dump()
     for section, key in HARMLESS_KEYS:
         del values[section][key]
+    for key in ("text_subset", "text_split"):  # cells from before there were these are not stale
+        if values["evaluate"][key] is None:
+            del values["evaluate"][key]
     return {"seed": row.run.seed, "models": models, **{n: hash_json(values[n]) for n in sections}}
 
 
@@ -234,9 +243,9 @@ def _reference(
         ),
         "unigram_text_perplexity": None,
     }
-    if config.evaluate.text_path is not None:
+    if inputs.text_ids is not None:
         unigram["unigram_text_perplexity"] = unigram_perplexity(
-            trained, [text_tokens(config, inputs)], dense.config.vocab_size
+            trained, [inputs.text_ids], dense.config.vocab_size
         )
     return {
         "dense": _numbers(found),

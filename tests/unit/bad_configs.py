@@ -54,7 +54,7 @@ CONTRADICTIONS = (  # what is changed, the key that is named, the stage that rea
     ({"rewards.weights": [1.0, 2.0, 3.0]}, "rewards.weights", None),
     ({"distill.kl_weight": 0.0, "distill.ce_weight": 0.0}, "distill.kl_weight", None),
     ({"evaluate.patience": 3, "evaluate.every_steps": None}, "evaluate.patience", None),
-    ({"evaluate.text_stride": 600}, "evaluate.text_stride", None),
+    ({"evaluate.text_stride": 6000}, "evaluate.text_stride", None),
     ({"calibration.source": "text"}, "calibration.text_path", None),
     ({"movement.kept": "displacement", "movement.dtype": "bfloat16"}, "movement.dtype", None),
     ({"refine.score": "fisher", "distill.muon_learning_rate": 0.01}, "refine.score", None),

@@ -485,7 +485,7 @@ LORA = {"lora.r": 4, "movement.kept": "displacement"}
         ),
         ({"refine.verify": True}, "refine.verify", "set false, or refine.start_sparsity"),
         ({"calibration.source": "text"}, "calibration.text_path", "set a text file"),
-        ({"evaluate.text_seq_len": 64}, "evaluate.text_stride", "set 63 or less"),
+        ({"evaluate.text_seq_len": 64}, "evaluate.text_stride", "set 64 or less"),
         ({"lora.r": 4}, "movement.kept", "set displacement, or lora.r: null"),
         (LORA | {"movement.pruned": "negative_gradient"}, "movement.pruned", "set proposed"),
         (LORA | {"refine.score": "fisher"}, "refine.score", "set magnitude"),

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.evaluation.intervals import (
+    mean_interval,
     paired_difference_interval,
     paired_ratio_interval,
     wilson_interval,
@@ -37,6 +38,37 @@ def test_wilson_bounds_lie_z_standard_errors_from_the_estimate(counts):
         assert 0 <= bound <= 1
         error = math.sqrt(bound * (1 - bound) / trials)
         assert abs(successes / trials - bound) == pytest.approx(Z * error, abs=1e-9)
+
+
+def test_interval_of_a_mean_is_agresti_and_coull_s_where_it_is_a_proportion():
+    # 8 of 10: (8 + 2) / (10 + 4), half-width z sqrt(p (1 - p) / 14).
+    p = 10 / 14
+    half = Z * math.sqrt(p * (1 - p) / 14)
+    assert mean_interval([1.0] * 8 + [0.0] * 2) == pytest.approx((p - half, p + half))
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=50))
+def test_interval_of_a_mean_holds_it_and_mirrors(values):
+    low, high = mean_interval(values)
+    assert 0 <= low <= sum(values) / len(values) + 1e-12
+    assert sum(values) / len(values) - 1e-12 <= high <= 1
+    mirrored = mean_interval([1 - value for value in values])
+    assert mirrored == pytest.approx((1 - high, 1 - low))
+
+
+@pytest.mark.parametrize("probabilities", [(0.2, 0.5, 0.3), (0.02, 0.03, 0.95), (0.6, 0.3, 0.1)])
+def test_interval_of_a_mean_covers_the_truth_as_often_as_it_says(probabilities):
+    """Exact: every count of prompts with pass@k 0, 1/2 and 1."""
+    n, truth, covered = 40, probabilities[1] / 2 + probabilities[2], 0.0
+    for none in range(n + 1):
+        for half in range(n + 1 - none):
+            counts = (none, half, n - none - half)
+            chance = math.factorial(n)
+            for count, p in zip(counts, probabilities, strict=True):
+                chance *= p**count / math.factorial(count)
+            low, high = mean_interval([0.0] * none + [0.5] * half + [1.0] * counts[2])
+            covered += chance * (low <= truth <= high)
+    assert 0.94 < covered < 0.995
 
 
 def test_paired_difference_matches_values_computed_by_hand():
@@ -112,11 +144,12 @@ def test_models_that_agree_on_every_prompt_still_have_a_width():
     [
         lambda: wilson_interval(0, 0),
         lambda: wilson_interval(3, 2),
+        lambda: mean_interval([]),
         lambda: paired_difference_interval([], []),
         lambda: paired_ratio_interval([True], [True, False]),
         lambda: paired_ratio_interval([True, False], [False, False]),
     ],
 )
 def test_counts_without_an_interval_are_refused(call):
-    with pytest.raises(ValueError, match=r"proportion|same prompts|no value"):
+    with pytest.raises(ValueError, match=r"proportion|same prompts|no value|at least one"):
         call()

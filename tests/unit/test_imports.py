@@ -53,6 +53,7 @@ ONLY_IN = {  # package: where it may be imported
     ),
     "deepspeed": ("pipeline.training", "pipeline.sparsity.zero_shards"),
     "peft": ("pipeline.models",),
+    "lm_eval": ("pipeline.evaluation.harness",),
 }
 MAY_IMPORT = {  # room: all it may import from other people
     "pipeline.sparsity": {"torch", "safetensors", "deepspeed"},

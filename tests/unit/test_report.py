@@ -14,14 +14,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from pipeline.evaluation.accuracy import AccuracyResult
 from pipeline.evaluation.agreement import Agreement
 from pipeline.evaluation.figures import Picture
+from pipeline.evaluation.harness import TaskScore
 from pipeline.evaluation.intervals import (
+    mean_interval,
     paired_difference_interval,
     paired_ratio_interval,
     wilson_interval,
 )
 from pipeline.evaluation.markdown import render_markdown
+from pipeline.evaluation.more_tables import more_tables
 from pipeline.evaluation.perplexity import Perplexity
 from pipeline.evaluation.report import Measurements, build_report, write_report
+from pipeline.evaluation.sampled_accuracy import SampledAccuracy
 from pipeline.evaluation.summary import RunDescription, Sample, model_table, terminal_summary
 
 NUM_PROMPTS = 200
@@ -288,3 +292,60 @@ def test_the_student_a_stage_kept_is_said_with_its_step_and_the_phases_stand_in_
     assert said in terminal_summary(report, description())
     assert said in render_markdown(report, description())
     assert "heldout" not in full_report()
+
+
+def measured_more(passes: list[int], scores: dict[str, TaskScore]) -> Measurements:
+    return Measurements(
+        accuracy=accuracy(190),
+        text_perplexity=Perplexity(5.5, 4000, 2048, stride=1024),
+        sampled=SampledAccuracy(passes, num_samples=4, temperature=0.7),
+        zero_shot=scores,
+    )
+
+
+def more_report():
+    """A dense model that has two tasks, and a student with one more."""
+    dense = {
+        "piqa": TaskScore("acc_norm", 0.75, 0.01, 100),
+        "boolq": TaskScore("acc", 0.5, None, 80),
+    }
+    student = dense | {"word_ppl": TaskScore("word_perplexity", 12.0, None, 9)}
+    return full_report(
+        models={
+            "dense": measured_more([0, 4, 2, 1], dense),
+            "student": measured_more([0, 0, 0, 1], student),
+        },
+        text_path="a_b wiki test",
+        pass_at_k=[1, 4],
+    )
+
+
+def test_pass_at_k_and_zero_shot_tasks_are_in_the_report():
+    report = more_report()
+    found = report["pass_at_k"]
+    assert found["dense"] == {"1": pytest.approx(7 / 16), "4": pytest.approx(3 / 4)}
+    assert found["student"] == {"1": pytest.approx(1 / 16), "4": pytest.approx(1 / 4)}
+    assert found["ci95"]["dense"]["4"] == list(mean_interval([0, 1, 1, 1]))
+    assert (found["num_prompts"], found["num_samples"], found["temperature"]) == (4, 4, 0.7)
+    assert report["zero_shot"]["dense"]["piqa"] == {
+        "metric": "acc_norm", "value": 0.75, "stderr": 0.01, "num_documents": 100
+    }  # fmt: skip
+    assert report["text_perplexity"]["stride"] == 1024
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_their_tables_and_notes_stand_in_the_page():
+    report = more_report()
+    page = render_markdown(report, description())
+    assert r"a\_b wiki test; 4,000 tokens in windows of 2,048, 1,024 apart." in page
+    for row in (
+        "| answers | dense | student |",
+        "| pass@1 | 43.8 % \\[",
+        "| task | metric | dense | student |",
+        "| piqa | acc\\_norm | 75.00 ± 1.00 % | 75.00 ± 1.00 % |",
+        "| boolq | acc | 50.00 % | 50.00 % |",
+        "| word\\_ppl | word\\_perplexity | - | 12 |",
+        "| average |  | 62.50 % | 62.50 % |",
+    ):
+        assert row in page, row
+    assert more_tables(full_report()) == []

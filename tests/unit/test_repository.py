@@ -18,7 +18,7 @@ from pipeline.config_loading import load_config
 ROOT = Path(__file__).parents[2]
 
 NUM_CONFIGS = {
-    "configs": 7,
+    "configs": 8,
     "configs/accelerate": 7,
     "configs/benchmark": 3,
     "configs/grid": 2,

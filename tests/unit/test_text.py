@@ -1,4 +1,4 @@
-"""Plain text: reading, windows with stride, pieces to calibrate on, the unigram reference."""
+"""Text: reading, windows with stride, pieces to calibrate on, the unigram reference."""
 
 import json
 import math
@@ -6,13 +6,14 @@ import math
 import pytest
 import torch
 
-from pipeline.data.text import read_text, text_chunks
+from pipeline.data.text import check_text_source, load_text, read_text, text_chunks
 from pipeline.errors import UserError
 from pipeline.evaluation.completions import TokenPair
 from pipeline.evaluation.perplexity import completion_perplexity
 from pipeline.evaluation.text_perplexity import text_windows
 from pipeline.evaluation.unigram import unigram_perplexity
 from tests.unit.pruning_models import make_model
+from tests.unit.test_evaluation import P, bigram_model
 
 SHAPES = [(2, 1), (5, 1), (5, 2), (5, 4), (8, 4), (7, 3)]
 
@@ -37,6 +38,43 @@ def test_windows_score_every_token_but_the_first_once(num_tokens, seq_len, strid
         assert len(context) == (seq_len - stride if index else 1)
         assert len(context) + len(scored) <= seq_len
     assert all(len(context) + len(scored) == seq_len for context, scored in windows[:-1])
+
+
+@pytest.mark.parametrize("num_tokens", [8, 15, 16, 17])
+def test_windows_side_by_side_score_all_but_their_first_token(num_tokens):
+    windows = text_windows(list(range(num_tokens)), seq_len=8, stride=8)
+    assert windows == [
+        ([start], list(range(start + 1, start + 8))) for start in range(0, num_tokens - 7, 8)
+    ]
+
+
+def test_text_perplexity_on_three_tokens_matches_paper():
+    # 0 1 2 | 0 1 1 | 2 is left out: 0.6 * 0.5, then 0.6 * 0.25.
+    windows = text_windows([0, 1, 2, 0, 1, 1, 2], seq_len=3, stride=3)
+    result = completion_perplexity(bigram_model(P), windows, batch_size=2)
+    assert result.value == pytest.approx((0.6 * 0.5 * 0.6 * 0.25) ** (-1 / 4), rel=1e-5)
+    # With overlap every token but the first counts: 0.6, 0.5, 0.7, 0.6, 0.25, 0.5.
+    windows = text_windows([0, 1, 2, 0, 1, 1, 2], seq_len=3, stride=2)
+    result = completion_perplexity(bigram_model(P), windows, batch_size=2)
+    wanted = (0.6 * 0.5 * 0.7 * 0.6 * 0.25 * 0.5) ** (-1 / 6)
+    assert result.value == pytest.approx(wanted, rel=1e-5)
+
+
+@torch.no_grad()
+def published_loop(model, tokens: list[int], seq_len: int) -> float:
+    """As GPTQ, SparseGPT and Wanda: the loss of whole windows, of which transformers means."""
+    count = len(tokens) // seq_len
+    pieces = torch.tensor(tokens[: count * seq_len]).view(count, seq_len)
+    nats = [model(piece[None], labels=piece[None]).loss.item() for piece in pieces]
+    return math.exp(sum(nats) / count)
+
+
+def test_perplexity_side_by_side_is_the_published_one():
+    model, tokens = make_model(), random_tokens(45)
+    windows = text_windows(tokens, seq_len=8, stride=8)
+    result = completion_perplexity(model, windows, batch_size=3)
+    assert result.value == pytest.approx(published_loop(model, tokens, 8), rel=1e-6)
+    assert result.num_tokens == 5 * 7
 
 
 @torch.no_grad()
@@ -153,3 +191,60 @@ def test_unusable_file_is_explained(tmp_path, name, content, message):
 def test_a_folder_is_no_text(tmp_path):
     with pytest.raises(UserError, match="Is a directory"):
         read_text(str(tmp_path), "evaluate.text_path")
+
+
+def dataset_folder(tmp_path, documents, split="test", column="text"):
+    """A folder that `datasets` takes for one split."""
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    lines = [json.dumps({column: document}) for document in documents]
+    (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    return str(folder)
+
+
+def test_a_dataset_folder_is_its_rows_joined_by_blank_lines(tmp_path):
+    folder = dataset_folder(tmp_path, [" = Title = \n", "", "one\u2028two"])
+    assert load_text(folder, "evaluate.text_") == " = Title = \n\n\n\n\none\u2028two"
+    path = tmp_path / "some.txt"
+    path.write_text("plain")
+    assert load_text(str(path), "evaluate.text_") == "plain"
+
+
+def test_the_split_of_a_dataset_is_the_one_asked_for(tmp_path):
+    folder = dataset_folder(tmp_path, ["seen"], split="train")
+    assert load_text(folder, "evaluate.text_", split="train") == "seen"
+    with pytest.raises(
+        UserError, match=r"^evaluate\.text_split='test': .*no such split. Set train"
+    ):
+        load_text(folder, "evaluate.text_")
+
+
+@pytest.mark.parametrize(
+    ("documents", "column", "message"),
+    [
+        (["a"], "content", r"^evaluate\.text_path='.*no column text \(it has content\)"),
+        ([5], "text", r"^evaluate\.text_path='.*more than text"),
+        (["", " "], "text", r"^evaluate\.text_path='.*holds no text"),
+    ],
+)
+def test_an_unusable_dataset_is_explained(tmp_path, documents, column, message):
+    with pytest.raises(UserError, match=message):
+        load_text(dataset_folder(tmp_path, documents, column=column), "evaluate.text_")
+
+
+def test_a_hub_dataset_that_cannot_be_had_is_explained():
+    with pytest.raises(
+        UserError, match=r"^evaluate\.text_path='owner/name': .*HF_HUB_OFFLINE is set"
+    ):
+        load_text("owner/name", "evaluate.text_")
+
+
+@pytest.mark.parametrize("path", ["nowhere.txt", "data/nowhere.txt", "./a/b", "name", "a/b/c"])
+def test_what_is_neither_text_nor_a_hub_id_is_seen_without_loading(path):
+    with pytest.raises(UserError, match=r"^evaluate\.text_path: .* no Hub id; set a text file"):
+        check_text_source(path, "evaluate.text_path")
+
+
+def test_hub_ids_and_what_is_on_disk_pass(tmp_path):
+    for path in ("Salesforce/wikitext", str(tmp_path)):
+        check_text_source(path, "evaluate.text_path")

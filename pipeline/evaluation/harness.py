@@ -1,0 +1,190 @@
+"""Zero-shot tasks of EleutherAI's lm-evaluation-harness, on the model in memory.
+
+The harness is called as a library (extra `eval`): its own prompts, likelihoods and metrics, with 0
+examples in the prompt. A task is shown by the first metric of `METRICS` that it has, which is how
+the authors of SDMPrune (arXiv 2506.11120) take their averages: normalised accuracy before plain
+accuracy. `crows_pairs` knows only the share of stereotypes, 0.5 being the unbiased model.
+
+Tasks and their data are opened before anything runs, so that a name that does not exist costs
+nothing. Left out: examples in the prompt, chat templates, tasks that run generated code.
+"""
+
+import difflib
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.errors import UserError
+
+METRICS = ("acc_norm", "acc", "pct_stereotype", "exact_match")
+"""Fractions in the order in which one stands for its task; a task without any shows its first."""
+
+BOOTSTRAP_DRAWS = 1000
+"""For metrics whose standard error has no closed form."""
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """What a model scored on one task."""
+
+    metric: str
+    value: float
+    stderr: float | None
+    """Standard error over the documents; None where the harness knows none."""
+    num_documents: int
+
+
+@dataclass(frozen=True)
+class HarnessTasks:
+    """Opened tasks."""
+
+    opened: list[Any]
+    """The harness's own tasks and groups, their data loaded."""
+    names: list[str]
+    """What is shown of them: a group with a score of its own stands for its tasks."""
+
+
+def open_harness_tasks(names: Sequence[str], include_path: str | None = None) -> HarnessTasks:
+    """Opens tasks by name and loads their data.
+
+    Args:
+        names: Tasks, groups or tags of the harness, or of the folder.
+        include_path: Folder with task files (YAML) of the user's own.
+
+    Raises:
+        UserError: The harness is not installed, a name is unknown, or data cannot be loaded.
+    """
+    try:
+        import lm_eval.tasks  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"evaluate.zero_shot: needs lm-evaluation-harness, which cannot be imported ({error}). "
+            "Install it (pip install -c constraints.txt -e '.[eval]'), or set []."
+        ) from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    folder = None if include_path is None else str(Path(include_path).expanduser())
+    manager = _manager(names, folder)
+    for name in names:
+        if name not in manager.task_index:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            raise UserError(
+                f"evaluate.zero_shot: {name!r}: lm-evaluation-harness has no such task. Set "
+                f"{' or '.join(near) if near else 'a name that `lm-eval ls tasks` prints'}, or "
+                "evaluate.zero_shot_path to the folder of its YAML file."
+            )
+    opened, shown = [], []
+    for name in names:
+        found = _load(manager, [name], name)
+        group = found["groups"].get(name)
+        opened += list(found["tasks"].values()) if group is None else [group]
+        stands_alone = group is not None and group.has_aggregation
+        shown += [name] if stands_alone else list(found["tasks"])
+    _load(manager, opened, ", ".join(names))
+    return HarnessTasks(opened, shown)
+
+
+def _manager(names: Sequence[str], folder: str | None) -> Any:
+    """The harness's index of tasks; of the folder alone where that holds all.
+
+    Its own, of some 15,000 files, takes many seconds to make.
+    """
+    if folder is not None:
+        manager = _index(folder, include_defaults=False)
+        if set(names) <= set(manager.all_subtasks):
+            return manager
+    return _index(folder, include_defaults=True)
+
+
+@cache
+def _index(folder: str | None, *, include_defaults: bool) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=folder, include_defaults=include_defaults)
+
+
+def _load(manager: Any, tasks: list[Any], named: str) -> dict[str, Any]:
+    """What the harness loads, its exceptions as one sentence."""
+    try:
+        return manager.load(tasks)
+    except Exception as error:  # of datasets, the Hub, or a task's own code
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"evaluate.zero_shot: {named}: cannot be loaded: {text[:300]}. Load its data once "
+            "with a network (HF_HOME says where it is kept), or leave it out."
+        ) from error
+
+
+def zero_shot_scores(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: HarnessTasks,
+    *,
+    batch_size: int,
+    seed: int,
+) -> dict[str, TaskScore]:
+    """Runs the tasks; global random state is left as it was.
+
+    Args:
+        model: Causal language model in eval mode; it is used where it is.
+        tokenizer: Its tokenizer.
+        tasks: From `open_harness_tasks`; they can be used again for the next model.
+        batch_size: Documents' answers in one forward pass, whose logits are held whole.
+        seed: Of what a task draws by chance.
+
+    Returns:
+        Task name to its score, in the order of the tasks.
+    """
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    states = random.getstate(), np.random.get_state()
+    on_cuda = model.device.type == "cuda"
+    try:
+        with torch.random.fork_rng(devices=[model.device] if on_cuda else []):
+            found = simple_evaluate(
+                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+                tasks=list(tasks.opened),
+                num_fewshot=0,
+                log_samples=False,
+                bootstrap_iters=BOOTSTRAP_DRAWS,
+                task_manager=_index(None, include_defaults=False),
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )["results"]
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+    return {name: _score(found[name]) for name in tasks.names}
+
+
+def _score(result: dict[str, Any]) -> TaskScore:
+    """The one metric that stands for a task; the harness's keys are `metric,filter`."""
+    values = {
+        key: value
+        for key, value in result.items()
+        if "," in key and isinstance(value, int | float) and "_stderr," not in key
+    }
+    key = min(values, key=lambda key: _rank(key.partition(",")[0]))
+    metric, _, chosen_filter = key.partition(",")
+    stderr = result.get(f"{metric}_stderr,{chosen_filter}")
+    return TaskScore(
+        metric=metric,
+        value=float(values[key]),
+        stderr=float(stderr) if isinstance(stderr, int | float) else None,
+        num_documents=result["sample_len"],
+    )
+
+
+def _rank(metric: str) -> int:
+    """Place in `METRICS`; unknown ones come last, in the task's own order."""
+    return METRICS.index(metric) if metric in METRICS else len(METRICS)
