@@ -98,9 +98,18 @@ def _manager(names: Sequence[str], folder: str | None) -> Any:
     """
     if folder is not None:
         manager = _index(folder, include_defaults=False)
-        if set(names) <= set(manager.all_subtasks):
+        if all(_holds(manager, name) for name in names):
             return manager
     return _index(folder, include_defaults=True)
+
+
+def _holds(manager: Any, name: Any) -> bool:
+    """Whether an index has a task, or a group with all its members."""
+    entry = manager.task_index.get(name) if isinstance(name, str) else None
+    members = entry.cfg.get("task") if entry is not None and entry.cfg else None
+    return entry is not None and (
+        not isinstance(members, list) or all(_holds(manager, member) for member in members)
+    )
 
 
 @cache
