@@ -34,6 +34,84 @@ def test_missing_student_and_teacher(capsys, tmp_path):
     assert not out.exists()
 
 
+def truncate(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+
+
+NO_MODEL = {
+    "has no config.json": (
+        lambda folder: (folder / "config.json").unlink(),
+        "holds no config.json",
+    ),
+    "is of another family": (
+        lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"}'),
+        "is a 'gpt2' model; supported: llama",
+    ),
+    "has a list as config": (
+        lambda folder: (folder / "config.json").write_text("[]"),
+        "transformers could not load it",
+    ),
+    "has no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
+    "has half of its weights": (truncate, "transformers could not load it"),
+    "has no tokenizer": (
+        lambda folder: (folder / "tokenizer.json").unlink(),
+        "transformers could not load it",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", NO_MODEL)
+def test_a_folder_that_is_no_model(capsys, tmp_path, what):
+    folder = tmp_path / "model"
+    shutil.copytree(BUNDLED_MODEL, folder)
+    spoil, says = NO_MODEL[what]
+    spoil(folder)
+    message = refused(
+        capsys, tmp_path / "run", "--stages", "evaluate", "--student.path", str(folder)
+    )
+    assert message.startswith(f"error: student.path: '{folder}'")
+    assert says in message
+    assert len(message.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_whose_weights_do_not_fit_its_config(capsys, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(BUNDLED_MODEL, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 8}))
+    arguments = ["--stages", "evaluate", "--student.path", str(folder), "--task.num_test", "2"]
+    assert main([*arguments, "--output_dir", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: student.path: '{folder}': transformers could not load it")
+
+
+def test_a_text_shorter_than_one_window(capsys, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("05#38=")
+    arguments = ["--evaluate.text_path", str(text), "--evaluate.text_seq_len", "512"]
+    message = refused(capsys, tmp_path / "run", *arguments)
+    assert message.startswith("error: evaluate.text_path: its text has 4 tokens and does not fill")
+    assert len(message.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_zero_shot_task_that_does_not_exist(capsys, tmp_path):
+    message = refused(capsys, tmp_path / "run", "--evaluate.zero_shot", "[piqq]")
+    assert message.startswith("error: evaluate.zero_shot: 'piqq': ")
+    assert "Set piqa" in message
+    assert len(message.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_tasks_that_is_none(capsys, tmp_path):
+    arguments = ["--evaluate.zero_shot", "[mine]", "--evaluate.zero_shot_path", "./nowhere"]
+    message = refused(capsys, tmp_path / "run", *arguments)
+    assert message.startswith("error: evaluate.zero_shot_path: './nowhere' is no folder")
+
+
 def test_broken_line_of_a_task_file_is_named(capsys, tmp_path):
     task = tmp_path / "task.jsonl"
     task.write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "1+2=", "answer"\n')
