@@ -134,8 +134,7 @@ def load_exports(shape: Model) -> list[Loaded]:
     """Writes and loads every export; the dense model of a dtype comes before its exports."""
     exports = []
     for dtype in shape.dtypes:
-        dense = random_llama(shape, dtype)
-        exports.append(_export(DENSE, 0.0, dense, shape))
+        exports.append(_export(DENSE, 0.0, random_llama(shape, dtype), shape))
         for sparsity in shape.sparsities if shape.device == "cpu" else ():
             pruned = random_llama(shape, dtype, sparsity)
             exports += [_export(name, sparsity, pruned, shape) for name in ("packed", "csr")]
@@ -145,9 +144,6 @@ def load_exports(shape: Model) -> list[Loaded]:
         without = random_llama(shape, dtype)
         drop_channels(without, shape.narrow_mlp)
         exports.append(_export("narrow", shape.narrow_mlp, without, shape))
-        dense_flops = flops(dense)
-        for export in exports:
-            export.row.setdefault("flop_ratio", dense_flops / export.row.pop("flops", dense_flops))
     return exports
 
 
@@ -159,8 +155,11 @@ def _export(name: str, sparsity: float, model: LlamaForCausalLM, shape: Model) -
         folder = Path(temporary)
         FORMATS[format_name].save(written, folder)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        load = semi_structured.load if name == "semi_structured" else FORMATS[format_name].load
-        loaded = load(folder).to(shape.device)
+        loaded = (
+            semi_structured.load(folder)
+            if name == "semi_structured"
+            else FORMATS[format_name].load(folder).to(shape.device)
+        )
         prunable_ratio = packed.measure(folder).prunable_ratio if name == "packed" else None
     prompt = torch.arange(shape.prefill_tokens) % shape.vocab_size
     difference, largest = logits_difference(model, loaded, [prompt.tolist()])
@@ -169,7 +168,7 @@ def _export(name: str, sparsity: float, model: LlamaForCausalLM, shape: Model) -
         "sparsity": sparsity,
         "dtype": str(model.dtype).removeprefix("torch."),
         "bytes": size,
-        "flops": flops(written),
+        "flop_ratio": flops(shape.model("meta")) / flops(written),
         "largest_logit_difference": difference,
         "largest_logit": largest,
     }

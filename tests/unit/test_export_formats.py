@@ -12,7 +12,7 @@ from torch import nn
 from pipeline.artifacts import RunFolder
 from pipeline.config_loading import load_config
 from pipeline.errors import UserError
-from pipeline.export import csr, packed, semi_structured
+from pipeline.export import csr, semi_structured
 from pipeline.export.csr import CsrLinear
 from pipeline.export.formats import (
     FORMATS,
@@ -196,9 +196,3 @@ def test_nothing_is_written_where_one_format_does_not_fit(run_stage, tmp_path):
     with pytest.raises(UserError, match="narrow: nothing can be cut"):
         run_stage(model, formats=["packed", "narrow"])
     assert not (tmp_path / "export" / "packed").exists()
-
-
-def test_packed_keeps_its_promise_at_any_sparsity(tmp_path):
-    model = pruned(0.9).to(torch.bfloat16)
-    packed.save(model, tmp_path)
-    assert packed.measure(tmp_path).prunable_ratio >= 6
