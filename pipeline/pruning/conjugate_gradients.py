@@ -26,6 +26,8 @@ from math import isqrt
 import torch
 from torch import Tensor
 
+from pipeline.pruning.reduced_products import reduced, reduced_product
+
 MAX_RANK = 128
 """Most eigenpairs that are split off; sqrt(2 in) of them cost about one product with H."""
 SUBSPACE_ROUNDS = 4
@@ -49,7 +51,7 @@ class SplitHessian:
     level: Tensor
     """() s, positive."""
     rest: Tensor
-    """(in, in) R, whose eigenvalues are about s where V reaches."""
+    """(in, in) R, whose eigenvalues are about s where V reaches; rounded where that is faster."""
 
     def product(self, rows: Tensor) -> Tensor:
         """(rows, in) times the scaled H; only the factor R is rounded."""
@@ -77,7 +79,7 @@ def split_hessian(hessian: Tensor, dtype: torch.dtype) -> SplitHessian:
     excess = (values - level).clamp(min=torch.finfo(dtype).eps)
     vectors = basis @ rotation
     rest = scaled.addmm_(vectors * excess, vectors.T, alpha=-1)
-    return SplitHessian(scale.to(dtype), vectors, excess, level, rest)
+    return SplitHessian(scale.to(dtype), vectors, excess, level, reduced(rest))
 
 
 def solve_by_conjugate_gradients(
@@ -157,16 +159,3 @@ def _row_products(left: Tensor, right: Tensor) -> Tensor:
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     """Quotient, 0 where a row has converged exactly and the denominator is 0."""
     return torch.where(denominator > 0, numerator / denominator, 0.0)
-
-
-def reduced_product(left: Tensor, right: Tensor) -> Tensor:
-    """Matrix product whose fp32 factors are rounded to TF32 or bfloat16 where that is faster.
-
-    For steps that later steps correct. The caller's own setting stays as it is.
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        return left @ right
-    finally:
-        torch.set_float32_matmul_precision(before)

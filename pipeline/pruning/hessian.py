@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 DAMPING = 0.01
+BLOCK_INPUTS = 512
+"""Columns that are factorised together."""
 SMALLEST_BLOCK = 256
 """Size at which a triangular matrix is inverted whole."""
 
@@ -50,18 +52,36 @@ def damped_hessian(second_moment: Tensor) -> Tensor:
 def inverse_factor(hessian: Tensor) -> Tensor:
     """The upper triangular U with positive diagonal and UᵀU = H⁻¹.
 
-    H⁻¹ is never formed: with P the reversal of the order of the inputs and P H P = L Lᵀ, the matrix
-    R = P L P is upper triangular, H = R Rᵀ, and U = R⁻¹.
+    H⁻¹ is never formed: with R upper triangular and H = R Rᵀ, U = R⁻¹.
 
     Args:
-        hessian: (in, in) fp64, positive definite.
+        hessian: (in, in) fp64, positive definite; overwritten.
 
     Returns:
-        (in, in) fp64.
+        (in, in) fp64, in the memory of H.
     """
-    upper = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)
-    _invert_triangular(upper)
-    return upper
+    _factorise(hessian)
+    _invert_triangular(hessian)
+    return hessian
+
+
+def _factorise(matrix: Tensor) -> None:
+    """Turns a positive definite matrix into its upper triangular R with R Rᵀ, in place.
+
+    From the last block of columns to the first: what the columns after it explain is subtracted,
+    and the block above the diagonal is divided by the one on it, whose R is its Cholesky factor
+    under the reversed order of the inputs.
+    """
+    for stop in range(len(matrix), 0, -BLOCK_INPUTS):
+        start = max(0, stop - BLOCK_INPUTS)
+        columns, later = matrix[:stop, start:stop], matrix[:stop, stop:]
+        columns.addmm_(later, later[start:].T, alpha=-1)
+        corner = torch.linalg.cholesky(columns[start:].flip(0, 1)).flip(0, 1)
+        columns[:start] = torch.linalg.solve_triangular(
+            corner.T, columns[:start], upper=False, left=False
+        )
+        columns[start:] = corner
+        matrix[stop:, start:stop] = 0.0
 
 
 def _invert_triangular(upper: Tensor) -> None:

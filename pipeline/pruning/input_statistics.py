@@ -17,6 +17,8 @@ from torch import Tensor
 
 from pipeline.pruning.hessian import Hessian, damped_hessian, inverse_factor
 
+BLOCK_INPUTS = 1024
+"""Channels whose products with those after them are taken together."""
 NEEDS = ("input_norm", "second_moment", "cross_moment")
 """Fields of `InputStatistics`; who needs one gets those before it too."""
 
@@ -74,7 +76,7 @@ class InputSums:
             if len(pruned) == 0:
                 return
             pruned, dense = self._centre(pruned, dense)
-        self._second = _added(self._second, pruned.T @ pruned)
+        self._second = _added(self._second, _gram(pruned))
         if self._needs == "cross_moment":
             self._cross = _added(self._cross, pruned.T @ dense)
 
@@ -109,6 +111,18 @@ class InputSums:
         centred = InputStatistics(self._second.diagonal().sqrt(), self._second, self._cross)
         norm = second.diagonal().sqrt()
         return InputStatistics(norm, second, cross, centred, pruned_mean, dense_mean)
+
+
+def _gram(inputs: Tensor) -> Tensor:
+    """XᵀX of (tokens, in) X, of which the blocks below the diagonal are copied."""
+    num_inputs = inputs.shape[1]
+    gram = inputs.new_empty(num_inputs, num_inputs)
+    for start in range(0, num_inputs, BLOCK_INPUTS):
+        stop = start + BLOCK_INPUTS
+        rows = inputs[:, start:stop].T @ inputs[:, start:]
+        gram[start:stop, start:] = rows
+        gram[stop:, start:stop] = rows[:, BLOCK_INPUTS:].T
+    return gram
 
 
 def _added(total: Tensor | float, part: Tensor) -> Tensor:

@@ -117,11 +117,13 @@ def test_one_weight_in_two_by_hand():
     assert new_weight[0].tolist() == pytest.approx([0.0, 10.0 + 1.0 / 2.02])
 
 
-def test_the_factor_of_the_inverse():
+@pytest.mark.parametrize("block", [1, 3, 512])
+def test_the_factor_of_the_inverse(monkeypatch, block):
+    monkeypatch.setattr("pipeline.pruning.hessian.BLOCK_INPUTS", block)
     inputs, _ = make_case()
     hessian = damped_hessian(inputs.T @ inputs)
-    factor = inverse_factor(hessian)
     expected = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    factor = inverse_factor(hessian)
     torch.testing.assert_close(factor, expected, rtol=1e-8, atol=1e-10)
     assert torch.equal(factor, factor.triu())
 
