@@ -1,6 +1,6 @@
 """Benchmarks: each measures our side and the reference in one run, alternating.
 
-    python launch/benchmark.py --suite step        a GRPO step of the quickstart
+    python launch/benchmark.py --suite step        a GRPO step against TRL's own trainer
     python launch/benchmark.py --suite engine      the engine alone, by model shape
     python launch/benchmark.py --suite clipping    what the gradient norm does to movement
     python launch/benchmark.py --suite prune       one-shot methods on one layer, by shape
@@ -59,7 +59,7 @@ def measure(arguments: argparse.Namespace, save: Callable[[dict], None]) -> None
     if arguments.suite == "step":
         from launch.benchmarks import step as suite  # trl takes seconds
 
-        result = suite.run(arguments.steps)
+        result = suite.run(arguments.config or CONFIGS / "engine.yaml", arguments.steps or 8)
     elif arguments.suite == "engine":
         from launch.benchmarks import engine as suite
 
@@ -75,7 +75,7 @@ def measure(arguments: argparse.Namespace, save: Callable[[dict], None]) -> None
     else:
         from launch.benchmarks import clipping as suite
 
-        result = suite.run(arguments.steps)
+        result = suite.run(arguments.steps or 100)
     save(result)
     suite.show(result)
 
@@ -84,11 +84,11 @@ def main() -> int:
     """Runs one suite, prints it and writes it to `results/`. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--suite", choices=SUITES, required=True)
-    parser.add_argument("--steps", type=int, default=100, help="of suites step and clipping")
+    parser.add_argument("--steps", type=int, help="of suites step (8) and clipping (100)")
     parser.add_argument(
         "--config",
         type=Path,
-        help="shapes of suites engine, prune and inference; default: configs/benchmark/SUITE.yaml",
+        help="shapes; default: configs/benchmark/SUITE.yaml, of suite step engine.yaml",
     )
     parser.add_argument("--output", type=Path, help="default: results/benchmark_SUITE.json")
     arguments = parser.parse_args()
