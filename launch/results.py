@@ -11,7 +11,8 @@ A table stands between two markers. The first says what to show, as YAML on one 
 `file` is one of results/. A sweep has `measure` (kl, accuracy, perplexity, text_perplexity,
 recovered_kl or recovered_accuracy), or `against`, one of them, of the headline row beside each
 other row's; or at one `level` several `measures` side by side. `rows` and `levels` are optional.
-The prune suite has `layer`, inference `model`, or `break_even`, a dtype of the dense side.
+The prune suite has `layer`, inference `model`, or `break_even`, a dtype of the dense
+side, the step suite `step`, its shape.
 """
 
 import argparse
@@ -169,10 +170,25 @@ def break_even_table(found: dict, wanted: dict) -> str:
     return table([["batch", *sparsities], *body])
 
 
+def step_table(found: dict, wanted: dict) -> str:
+    """A GRPO step of each side of the step suite, and what it consists of."""
+    body = []
+    for name, figures in (found["seconds"] | found["parts"]).items():
+        ratio = found["ratio_to_trl"].get(name)
+        body.append([name, _spread(figures), "" if ratio is None else _spread(ratio)])
+    return table([["median (quartiles)", "seconds", "of TRL's step"], *body])
+
+
+def _spread(figures: dict) -> str:
+    lower, upper = figures["quartiles"]
+    return f"{figures['median']:.3f} ({lower:.3f} to {upper:.3f})"
+
+
 SUITE_TABLES = {
     "layer": layer_table,
     "model": inference_table,
     "break_even": break_even_table,
+    "step": step_table,
 }
 """Key of a marker to what it shows; a marker without one shows a sweep."""
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from launch.benchmarks import engine
+from launch.benchmarks import engine, step
 from launch.benchmarks.clipping import compare
 from launch.benchmarks.communication import Communicated, distinct
 from launch.benchmarks.optimizer_step import ADAMW_BYTES, RULES, engine_bytes
 from launch.benchmarks.peak_memory import PeakMemory
 from launch.benchmarks.prune_layer import LayerBench, LayerShape, LayerShapes
-from launch.benchmarks.shapes import load_shapes
+from launch.benchmarks.shapes import Shape, load_shapes
 from launch.benchmarks.timing import Side, alternate, ratios, summary
 from pipeline.errors import UserError
 
@@ -212,6 +212,22 @@ def test_clipping_suite_writes_every_observation(tmp_path):
         assert observations.keys() == {
             "gradient", "displacement", "proposed", "negative_gradient", "fisher",
         }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_step_suite_counts_the_refinement_in(monkeypatch):
+    monkeypatch.setattr("launch.benchmarks.step.COMPLETION_TOKENS", 4)
+    shape = Shape(hidden_size=16, intermediate_size=32, num_layers=1, vocab_size=128, batch_size=4)
+    result = step.compare(shape, 2)
+    assert result["num_steps"] == 2
+    assert result["seconds"].keys() == {step.TRL, step.OURS, step.TWO_MASKS}
+    assert result["parts"].keys() == {"TRL's reference model", "teacher", "refinement"}
+    sides = (*result["seconds"].values(), *result["parts"].values())
+    assert all(side["median"] > 0 for side in sides)
+    whole = result["seconds"][step.OURS]["median"] + result["parts"]["refinement"]["median"] / 10
+    lower, upper = result["seconds"][step.TRL]["quartiles"]
+    assert 0.5 * whole / upper < result["ratio_to_trl"][step.OURS]["median"] < 2 * whole / lower
+    assert result["met"] == (result["ratio_to_trl"][step.OURS]["median"] <= step.GOAL)
 
 
 def test_shapes_say_what_is_wrong(tmp_path):

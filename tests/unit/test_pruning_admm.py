@@ -104,6 +104,21 @@ def test_masks_lose_less_than_those_of_magnitude_and_wanda(sparsity):
             assert found < loss(weight, mask, hessian, target)
 
 
+@pytest.mark.parametrize("sparsity", [0.5, 0.9])
+def test_reduced_products_find_masks_as_good(monkeypatch, sparsity):
+    weight, inputs = problem(0, 48, 96, 300)
+    hessian = damped_hessian(inputs.T @ inputs)
+    target = weight @ hessian
+    arguments = weight.float(), Hessian(hessian), target.float(), sparsity, "matrix", "w"
+    exact = loss(weight, admm_mask(*arguments), hessian, target)
+    none = float((weight * target).sum())
+    monkeypatch.setattr("pipeline.pruning.admm.MAX_EXACT_INPUTS", 0)
+    reduced = loss(
+        weight, admm_mask(*arguments[:1], Hessian(hessian), *arguments[2:]), hessian, target
+    )
+    assert reduced + none == pytest.approx(exact + none, rel=0.02)
+
+
 def test_the_multiplier_decides_where_it_is_strong():
     weight, inputs = problem()
     hessian = damped_hessian(inputs.T @ inputs)

@@ -39,6 +39,14 @@ def folder(tmp_path):
     side = {"seconds": {"median": 2.0}, "ratio": {"median": 1.5}, "peak_bytes": 3 * 2**20}
     layers = {"1B": {"calibration": {"forward": side}, "sparsities": {"0.7": {"wanda": side}}}}
     (tmp_path / "suite.json").write_text(json.dumps({"layers": layers}))
+    spread = {"median": 2.0, "quartiles": [1.5, 3.0]}
+    step = {
+        "suite": "step",
+        "seconds": {"TRL": spread, "ours": spread},
+        "parts": {"teacher": spread},
+        "ratio_to_trl": {"ours": {"median": 1.04, "quartiles": [1.0, 1.1]}},
+    }
+    (tmp_path / "step.json").write_text(json.dumps(step))
     return tmp_path
 
 
@@ -119,3 +127,10 @@ def test_changed_figure_is_shown(folder, tmp_path, monkeypatch, capsys):
     assert "-stale figure" in capsys.readouterr().out
     assert results.main(["--write"]) == 0
     assert results.main([]) == 0
+
+
+def test_step_suite(folder):
+    page = results.render(MARKER.format("{file: step, step: 125M}"), folder)
+    assert "| TRL | 2.000 (1.500 to 3.000) |  |" in page
+    assert "| ours | 2.000 (1.500 to 3.000) | 1.040 (1.000 to 1.100) |" in page
+    assert "| teacher | 2.000 (1.500 to 3.000) |  |" in page
