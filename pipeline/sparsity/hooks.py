@@ -18,6 +18,8 @@ fused AdamW. Read in pieces that stay in the cache (`chunks.py`).
 """
 
 from collections import defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -40,6 +42,7 @@ class SparsityHooks:
         rule: MovementRule,
         *,
         zero_pruned_gradients: bool = False,
+        timed: Callable[[], AbstractContextManager] = nullcontext,
     ):
         """Zeroes what the mask prunes, everywhere, and registers both hooks.
 
@@ -51,6 +54,7 @@ class SparsityHooks:
             rule: What is observed.
             zero_pruned_gradients: Whether the optimizer gets gradients of kept weights alone. What
                 it then proposes for pruned ones says nothing of them.
+            timed: Entered around all that a hook does.
 
         Raises:
             ValueError: The state does not fit the shards, or its movement not the rule.
@@ -59,6 +63,7 @@ class SparsityHooks:
         self.state = state
         self.rule = rule
         self.zero_pruned_gradients = zero_pruned_gradients
+        self._timed = timed
         self.step = 0
         """The trainer's step, which the trainer sets. Only stochastic rounding reads it."""
         self._shards: dict[int, list[Shard]] = defaultdict(list)
@@ -81,17 +86,19 @@ class SparsityHooks:
 
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        for group in optimizer.param_groups:
-            for flat in group["params"]:
-                for shard in self._observed(flat):
-                    self._observe_before(shard)
+        with self._timed():
+            for group in optimizer.param_groups:
+                for flat in group["params"]:
+                    for shard in self._observed(flat):
+                        self._observe_before(shard)
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        for group in optimizer.param_groups:
-            for flat in group["params"]:
-                for shard in self._observed(flat):
-                    self._observe_after(shard, float(group["lr"]))
+        with self._timed():
+            for group in optimizer.param_groups:
+                for flat in group["params"]:
+                    for shard in self._observed(flat):
+                        self._observe_after(shard, float(group["lr"]))
 
     def _observed(self, flat: Tensor) -> list[Shard]:
         return [] if flat.grad is None else self._shards.get(id(flat), [])

@@ -105,7 +105,7 @@ def _build(
 ) -> Any:
     values: dict[str, Any] = {
         "save_strategy": "steps",
-        "report_to": "none",
+        "report_to": "tensorboard",
         "run_name": run_name(output_dir.parent),
     }
     values |= getattr(config, section).trl_values

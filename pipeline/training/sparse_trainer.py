@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
 from pipeline.errors import UserError
 from pipeline.models.prunable import prunable_weights
@@ -30,6 +31,7 @@ from pipeline.training.checkpoint import (
     load_sparsity,
     new_checkpoint,
 )
+from pipeline.training.engine_metrics import EngineMetrics, movement_quantiles
 from pipeline.training.exact_resume import load_buffer, repeat_draws, save_buffer
 from pipeline.training.heldout import HeldoutCallback
 from pipeline.training.muon import MuonAdamW
@@ -106,6 +108,7 @@ class SparsityCallback(TrainerCallback):
         self.trainer = trainer
         self.sparsity = sparsity
         self.measured = 0.0
+        self.metrics = EngineMetrics()
         self.verified = None
         if sparsity.verification is not None and sparsity.schedule is not None:
             self.verified = VerifiedRefinement(
@@ -149,6 +152,14 @@ class SparsityCallback(TrainerCallback):
         """This rank's shards of the prunable weights."""
         return find_shards(self.trainer)
 
+    def take_metrics(self) -> dict[str, float]:
+        """What the engine did since the last log, for the trackers."""
+        return {
+            "sparsity": self.measured,
+            **self.metrics.take(),
+            **movement_quantiles(self.state),
+        }
+
     def bind(self) -> None:
         """Puts the hooks on the optimizer."""
         self.hooks = SparsityHooks(
@@ -156,6 +167,7 @@ class SparsityCallback(TrainerCallback):
             self.state,
             self.sparsity.movement,
             zero_pruned_gradients=isinstance(self.weights.optimizer, MuonAdamW),
+            timed=self.metrics.timed,
         )
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -166,11 +178,14 @@ class SparsityCallback(TrainerCallback):
         """Refines the mask when the schedule says so."""
         sparsity, step = self.sparsity, self.step
         refine_at = self._refine if self.verified is None else self._refine_verified
+        self.metrics.steps += 1
         try:
-            entry = None if sparsity.schedule is None else refine_at(step)
+            with self.metrics.timed():
+                entry = None if sparsity.schedule is None else refine_at(step)
         except ValueError as error:
             raise UserError(str(error)) from error
         if entry is not None:
+            self.metrics.count_refinement(entry)
             self.measured = self.state.sparsity(self.weights)
             sparsity.refinements.append({"stage": sparsity.stage, "step": step, **entry})
             self.trainer.weights_changed()
@@ -249,6 +264,10 @@ class SparseTrainer:
         self.sparsity = kind(self, sparsity)
         self.add_callback(self.sparsity)
         self.skipped_steps = SkippedSteps(self.accelerator.unwrap_model(self.model), sparsity.stage)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                folder = Path(self.args.output_dir)
+                callback.logging_dir = str(folder.parent / "tensorboard" / folder.name)
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(StageProgress(sparsity.stage))
@@ -293,8 +312,8 @@ class SparseTrainer:
             super()._run_epoch(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Adds the fraction of pruned weights and the number of skipped steps to the log."""
-        logs = {**logs, "sparsity": self.sparsity.measured}
+        """Adds what the engine did, and the number of skipped steps, to the log."""
+        logs = {**logs, **self.sparsity.take_metrics()}
         if self.skipped_steps.count:
             logs["skipped_steps"] = self.skipped_steps.count
         super().log(logs, *args, **kwargs)

@@ -5,7 +5,8 @@ WANDB_RESUME=allow continues that run; trackio continues a run of the same name,
 `run_name` holds it too. All stages of a run folder are one run there. What the user has set, in the
 environment or as `run_name`, is left alone.
 
-Left out: MLflow and Comet, whose servers give the ids; tensorboard, which has none.
+Left out: MLflow and Comet, whose servers give the ids; TensorBoard, the default, which has none:
+its events lie in `tensorboard/<stage>/` of the run folder.
 """
 
 import json

@@ -69,7 +69,7 @@ def grpo_trainer(tokenizer, tmp_path, *, teacher, weight, **arguments):
     trainer = TeacherGRPOTrainer(
         model=tiny(tokenizer, 0),
         reward_funcs=[lambda completions, **_: [float(len(c) % 2) for c in completions]],
-        args=GRPOConfig(**CPU, **(values | arguments)),
+        args=GRPOConfig(**(CPU | values | arguments)),
         train_dataset=Dataset.from_dict({"prompt": ["12@35=", "12@35#47="] * 8}),
         processing_class=tokenizer,
         teacher=teacher,
