@@ -3,9 +3,6 @@
 import json
 from pathlib import Path
 
-from torch import Tensor
-from transformers import PreTrainedModel
-
 from pipeline.artifacts import MASK_FILE, RunFolder
 from pipeline.config import TRAINING_STAGES, Config
 from pipeline.evaluation.figures import Picture
@@ -14,10 +11,12 @@ from pipeline.evaluation.movement_plot import movement_histogram, plot_movement
 from pipeline.evaluation.plots import plot_accuracy, plot_layer_sparsity, plot_perplexity
 from pipeline.evaluation.summary import Report
 from pipeline.evaluation.training_plots import plot_training
+from pipeline.models.loading import load_model
 from pipeline.models.prunable import prunable_weights
 from pipeline.sparsity.masks import load_masks
 from pipeline.sparsity.storage import saved_movement
-from pipeline.stages.inputs import open_dense_student, stage_before
+from pipeline.stages.inputs import stage_before
+from pipeline.stages.training import finite_logs
 
 LOG_FILE = "log_history.json"
 STATE_FILE = "trainer_state.json"
@@ -59,8 +58,7 @@ def draw(config: Config, folder: RunFolder, report: Report) -> dict[str, Picture
         pictures["movement"] = _movement(config, folder.stage(last))
         start = folder.stage("prune") / MASK_FILE
         if start.exists():
-            dense = open_dense_student(config)
-            pictures["magnitude"] = _magnitude(config, folder.stage(last), dense, start)
+            pictures["magnitude"] = _magnitude(config, folder.stage(last), start)
     return {f"plots/{name}.png": picture for name, picture in pictures.items()}
 
 
@@ -69,12 +67,14 @@ def training_logs(folder: RunFolder) -> dict[str, list[dict]]:
     logs = {}
     for stage in TRAINING_STAGES:
         path = folder.stage(stage) / LOG_FILE
-        states = folder.stage(stage).glob(f"checkpoint-*/{STATE_FILE}")
-        newest = max(states, key=lambda p: int(p.parent.name.rpartition("-")[2]), default=None)
+        found = folder.stage(stage).glob("checkpoint-*")
+        steps = [p.name.partition("-")[2] for p in found if (p / STATE_FILE).exists()]
+        newest = max(map(int, filter(str.isdecimal, steps)), default=None)
         if path.exists():
             logs[stage] = json.loads(path.read_text())
         elif newest is not None:
-            logs[stage] = json.loads(newest.read_text())["log_history"]
+            state = folder.stage(stage) / f"checkpoint-{newest}" / STATE_FILE
+            logs[stage] = [finite_logs(e) for e in json.loads(state.read_text())["log_history"]]
     return logs
 
 
@@ -87,19 +87,25 @@ def _movement(config: Config, source: Path) -> Picture:
     return plot_movement({seen: movement_histogram(tensors) for seen, tensors in sides.items()})
 
 
-def _magnitude(config: Config, source: Path, dense: PreTrainedModel, start: Path) -> Picture:
+def _magnitude(config: Config, source: Path, start: Path) -> Picture:
     """Against the mask that training started from, each weight is kept, came back or is pruned."""
+    values = config.student
+    dense = load_model(
+        values.path,
+        revision=values.revision,
+        dtype=values.dtype,
+        trust_remote_code=values.trust_remote_code,
+    )  # beside the models that are still on the accelerator there may be no room
     weights, first = prunable_weights(dense), load_masks(start)
-    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {"kept": [], "came back": [], "pruned": []}
+    counts = {side: count_pairs([]) for side in ("kept", "came back", "pruned")}
     for name, offset, mask, movement in saved_movement(source):
         part = slice(offset, offset + mask.numel())
-        sizes = weights[name].detach().reshape(-1)[part].float().cpu()
+        sizes = weights[name].detach().reshape(-1)[part]
         before = first[name].reshape(-1)[part]
         for side, chosen in (
             ("kept", mask & before),
             ("came back", mask & ~before),
             ("pruned", ~mask),
         ):
-            pairs[side].append((sizes[chosen], movement[chosen].float()))
-    counts = {side: count_pairs(found) for side, found in pairs.items()}
+            counts[side] += count_pairs([(sizes[chosen], movement[chosen])])
     return plot_magnitude(counts, kept=config.movement.kept, pruned=config.movement.pruned)

@@ -240,7 +240,9 @@ def _leave_student(
         adopt_best(out)
     if is_main():
         write_json(out / REFINEMENTS_FILE, sparsity.refinements)
-        write_json(out / "log_history.json", [_finite(logs) for logs in trainer.state.log_history])
+        write_json(
+            out / "log_history.json", [finite_logs(logs) for logs in trainer.state.log_history]
+        )
     wait_for_all()
     return best
 
@@ -277,7 +279,7 @@ def _heldout(
     )
 
 
-def _finite(logs: dict[str, float | None]) -> dict[str, float]:
+def finite_logs(logs: dict[str, float | None]) -> dict[str, float]:
     """Logs without what JSON cannot hold, such as the gradient norm of a skipped step.
 
     TRL logs None for a metric that was never finite.
