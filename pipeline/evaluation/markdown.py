@@ -191,7 +191,7 @@ def _cell(value: Any) -> str:
 
 
 def _samples(samples: Sequence[Sample]) -> list[str]:
-    """Prompts down and models across; long answers get a table for each prompt."""
+    """Prompts down and models across; long answers get tables for each prompt."""
     if not samples:
         return []
     names = [name for name in MODELS if any(name in sample.completions for sample in samples)]
@@ -207,11 +207,17 @@ def _samples(samples: Sequence[Sample]) -> list[str]:
 
 
 def _sample(sample: Sample, names: Sequence[str]) -> list[str]:
-    answers = [_answer(sample, name) for name in names]
-    return [
-        f"> **Prompt.** {_short(sample.prompt)}",
-        table([["reference", *names], [_short(sample.answer), *answers]]),
+    """The first model and the last, teacher and student, side by side; the others folded."""
+    shown, others = list(dict.fromkeys([names[0], names[-1]])), names[1:-1]
+    parts = [
+        f"> **Prompt.** {_short(sample.prompt)}\n>\n> **Reference.** {_short(sample.answer)}",
+        table([shown, [_answer(sample, name) for name in shown]]),
     ]
+    if not others:
+        return parts
+    rows = [[name, _answer(sample, name)] for name in others]
+    summary = f"<details><summary>{', '.join(others)}</summary>"
+    return [*parts, summary, table([["model", "answer"], *rows]), "</details>"]
 
 
 def _answer(sample: Sample, name: str) -> str:

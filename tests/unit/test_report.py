@@ -205,6 +205,17 @@ def test_markdown_tables_keep_their_shape_whatever_the_texts_hold(tmp_path):
         assert len(widths) == 1, block
 
 
+def test_long_answers_of_teacher_and_student_stand_side_by_side_and_others_are_folded():
+    completions = {"teacher": "a" * 99, "dense": "b", "pruned": "c", "student": "d"}
+    sample = Sample(
+        prompt="p", answer="r", completions=completions, correct=dict.fromkeys(completions, True)
+    )
+    text = render_markdown(full_report(), description(samples=[sample]))
+    assert f"| teacher | student |\n| --- | --- |\n| ✓ {'a' * 99} | ✓ d |" in text
+    assert "<details><summary>dense, pruned</summary>\n\n| model | answer |" in text
+    assert "| dense | ✓ b |" in text
+
+
 def test_markdown_of_a_bare_measurement_has_no_empty_sections(tmp_path):
     report = build_report(
         models={"dense": Measurements(accuracy=accuracy(9))},
