@@ -20,25 +20,23 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LAUNCHER = f"""#!{sys.executable}
 import json, os, pathlib, signal, sys, time
-asked = []
-for number in (signal.SIGUSR1, signal.SIGTERM):
-    signal.signal(number, lambda number, frame: asked.append(number))
 kept = ("SLURMD_NODENAME", "SLURM_RESTART_COUNT", "TRITON_CACHE_DIR")
 call = {{"arguments": sys.argv[1:]}} | {{name: os.environ.get(name) for name in kept}}
 written = pathlib.Path("calls", str(os.getpid()))
 written.write_text(json.dumps(call))
 written.rename(written.with_suffix(".json"))
-status = os.environ["ENDS"]
-while status == "75" and not asked and not os.environ.get("SLURM_RESTART_COUNT"):
-    time.sleep(0.05)
-if "--output_dir" in sys.argv:
-    folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
-    folder.mkdir(parents=True, exist_ok=True)
-    if os.environ.get("SLURM_RESTART_COUNT"):
-        status = "0"
-    (folder / "exit_status").write_text(status)
 while "vllm-serve" in sys.argv:
     time.sleep(0.05)
+status = "0" if os.environ.get("SLURM_RESTART_COUNT") else os.environ["ENDS"]
+asked = []
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: asked.append(number))
+while status == "75" and not asked:
+    time.sleep(0.05)
+if "--check" not in sys.argv:
+    folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "exit_status").write_text(status)
 sys.exit(status != "0")
 """
 
@@ -134,7 +132,8 @@ def test_a_crash_without_a_dead_node_is_not_started_again(project):
 def test_an_old_exit_status_does_not_count(project):
     (project.folder / "a run").mkdir()
     (project.folder / "a run" / "exit_status").write_text("75\n")
-    ended = project.slurm.wait_for_end(project.submit(arguments=("--check",), ENDS="2"), 60)
+    words = ("--output_dir", "a run", "--check")
+    ended = project.slurm.wait_for_end(project.submit(arguments=words, ENDS="2"), 60)
     assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "1:0")
 
 
