@@ -128,10 +128,8 @@ def runs(slurm, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(runs):
-    """The name of a run for each number of nodes, one job after the other."""
-    for nodes in STAGES:
-        runs.wait_for_end(runs.submit(f"undisturbed {nodes}", nodes, "--time=60"))
-    return {nodes: f"undisturbed {nodes}" for nodes in STAGES}
+    """A job for each number of nodes, whose run is called so; they may not have ended yet."""
+    return {n: runs.submit(f"undisturbed {n}", n, "--time=60") for n in STAGES}
 
 
 def wait_for_tick(slurm: Cluster, seconds: float) -> None:
@@ -153,11 +151,13 @@ def test_one_node_whose_time_is_over_and_that_is_requeued_and_asked_to_stop(runs
     runs.wait_for_end(job)
     assert "DUE TO JOB REQUEUE" in runs.said(job)
     assert "resumed" in (runs.out(name) / "log").read_text()
-    runs.assert_same_end(undisturbed[1], name, 1)
+    runs.wait_for_end(undisturbed[1])
+    runs.assert_same_end("undisturbed 1", name, 1)
 
 
 def test_two_nodes_asked_to_stop_and_then_one_of_them_dies(runs, undisturbed):
     slurm, name = runs.slurm, "two nodes"
+    runs.wait_for_end(undisturbed[2])  # it compiles what a killed job would leave half done
     job = runs.submit(name, 2, "--time=60")
     step = runs.wait_for_checkpoint(name, "distill", job)
     slurm.run("scancel", "--batch", "--signal=USR1", job)
@@ -168,4 +168,4 @@ def test_two_nodes_asked_to_stop_and_then_one_of_them_dies(runs, undisturbed):
     runs.wait_for_restart(job, 2)
     slurm.start_node("node2")
     runs.wait_for_end(job)
-    runs.assert_same_end(undisturbed[2], name, 2)
+    runs.assert_same_end("undisturbed 2", name, 2)
