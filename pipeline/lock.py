@@ -10,7 +10,8 @@ The owner may still be ending, such as a worker that saves after its launcher wa
 next start waits before it refuses. A lock that stays empty so long had an owner that died between
 creating and writing it, and is stale too.
 
-Left out: whether a process of another host lives; containers that share a host's name are one host.
+Left out: whether a process of another host lives, also one on a node that Slurm took for dead and
+gave up without reaching it; containers that share a host's name are one host.
 """
 
 import fcntl
