@@ -21,7 +21,7 @@ from tests.slurm.cluster import Cluster
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 900
+SECONDS = 600
 POLLS_BETWEEN_LOOKS = 10
 ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "NODE_FAIL")
 REPORTED = ("sparsity", "accuracy", "perplexity", "kl_to_teacher", "refinement")
