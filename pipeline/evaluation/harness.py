@@ -46,8 +46,8 @@ class TaskScore:
 class HarnessTasks:
     """Opened tasks."""
 
-    opened: list[Any]
-    """The harness's own tasks and groups, their data loaded."""
+    opened: dict[str, Any]
+    """The harness's own tasks and groups as it loads them, their data too."""
     names: list[str]
     """What is shown of them: a group with a score of its own stands for its tasks."""
 
@@ -87,8 +87,15 @@ def open_harness_tasks(names: Sequence[str], include_path: str | None = None) ->
         opened += list(found["tasks"].values()) if group is None else [group]
         stands_alone = group is not None and group.has_aggregation
         shown += [name] if stands_alone else list(found["tasks"])
-    _load(manager, opened, ", ".join(names))
-    return HarnessTasks(opened, shown)
+    loaded = _load(manager, opened, ", ".join(names))
+    for name, task in loaded["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+            raise UserError(
+                f"evaluate.zero_shot: {name}: runs generated code or shows pictures, which is not "
+                "done here. Leave it out."
+            )
+        task.set_config(key="num_fewshot", value=0)
+    return HarnessTasks(loaded, shown)
 
 
 def _manager(names: Sequence[str], folder: str | None) -> Any:
@@ -151,24 +158,21 @@ def zero_shot_scores(
     Returns:
         Task name to its score, in the order of the tasks.
     """
-    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
     states = random.getstate(), np.random.get_state()
     on_cuda = model.device.type == "cuda"
     try:
         with torch.random.fork_rng(devices=[model.device] if on_cuda else []):
-            found = simple_evaluate(
-                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-                tasks=list(tasks.opened),
-                num_fewshot=0,
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+            found = evaluate(  # simple_evaluate would describe the machine too, for seconds
+                lm=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+                task_dict=tasks.opened,
                 log_samples=False,
                 bootstrap_iters=BOOTSTRAP_DRAWS,
-                task_manager=_index(None, include_defaults=False),
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
             )["results"]
     finally:
         random.setstate(states[0])

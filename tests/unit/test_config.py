@@ -486,6 +486,11 @@ LORA = {"lora.r": 4, "movement.kept": "displacement"}
         ({"refine.verify": True}, "refine.verify", "set false, or refine.start_sparsity"),
         ({"calibration.source": "text"}, "calibration.text_path", "set a text file"),
         ({"evaluate.text_seq_len": 64}, "evaluate.text_stride", "set 64 or less"),
+        (
+            {"evaluate.sampled_completions": 4, "evaluate.pass_at_k": [1, 8]},
+            "evaluate.pass_at_k",
+            "set 4 or less",
+        ),
         ({"lora.r": 4}, "movement.kept", "set displacement, or lora.r: null"),
         (LORA | {"movement.pruned": "negative_gradient"}, "movement.pruned", "set proposed"),
         (LORA | {"refine.score": "fisher"}, "refine.score", "set magnitude"),
@@ -557,6 +562,8 @@ SWEEP = {"run.stages": ["sweep"], "sweep.rows": {"a": {}, "b": {"method": "wanda
     [
         ({"run.stages": ["prune", "sweep"]}, "run.stages", "set [sweep]"),
         (LORA | {"sweep.recover_levels": [0.5]}, "sweep.recover_levels", "or lora.r: null"),
+        ({"evaluate.zero_shot": ["piqa"]}, "evaluate.zero_shot", "set []"),
+        ({"evaluate.sampled_completions": 4}, "evaluate.sampled_completions", "set null"),
         ({"sweep.rows": {}}, "sweep.rows", "configs/sweep.yaml"),
         ({"sweep.rows": {"a": {"methods": "mama"}}}, "sweep.rows.a.methods", "--help"),
         ({"sweep.rows": {"a": {"method": "best"}}}, "sweep.rows.a.method", "--help"),

@@ -192,6 +192,12 @@ def test_data_that_cannot_be_loaded_is_one_sentence(tmp_path):
         open_harness_tasks(["lost"], str(tmp_path))
 
 
+def test_a_task_that_runs_generated_code_is_refused(tmp_path):
+    write_task(tmp_path, "coding", unsafe_code=True)
+    with pytest.raises(UserError, match=r"^evaluate\.zero_shot: coding: runs generated code"):
+        open_harness_tasks(["coding"], str(tmp_path))
+
+
 def test_without_the_harness_the_way_to_it_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(UserError, match=r"^evaluate\.zero_shot: needs lm-eval.*'\.\[eval\]'"):

@@ -1,15 +1,23 @@
 """What stages hand each other: the schedule, how far it has come, and how masks are judged."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from pipeline.artifacts import RunFolder
+from pipeline.artifacts import RunFolder, hash_json
 from pipeline.config_loading import load_config
 from pipeline.errors import UserError
+from pipeline.evaluation.accuracy import AccuracyResult
+from pipeline.evaluation.agreement import Agreement
+from pipeline.evaluation.harness import TaskScore
+from pipeline.evaluation.perplexity import Perplexity
+from pipeline.evaluation.report import Measurements
+from pipeline.evaluation.sampled_accuracy import SampledAccuracy
 from pipeline.run import _settle, stage_inputs
 from pipeline.sparsity.schedule import Waiting
 from pipeline.stages import sweep
+from pipeline.stages.measure import comparable, from_json, to_json
 from pipeline.stages.training import end_step, first_step, stage_sparsity
 from pipeline.stages.verification import mask_reward
 from pipeline.training.mask_choice import MaskReward
@@ -142,6 +150,45 @@ def test_a_sweep_trains_all_students_for_equally_long_whatever_runs_measure():
     rows = [sweep._row_config(config, label, 0.9) for config in (plain, measuring)]
     assert rows[1].evaluate.every_steps is rows[1].evaluate.patience is None
     assert sweep._depends_on(rows[0], "models") == sweep._depends_on(rows[1], "models")
+
+
+def test_cells_of_a_sweep_from_before_text_had_splits_are_not_stale():
+    label = next(iter(load_config("configs/sweep.yaml", {}).sweep.rows))
+
+    def hashed(**changes):
+        config = load_config("configs/sweep.yaml", {f"evaluate.{k}": v for k, v in changes.items()})
+        return sweep._depends_on(sweep._row_config(config, label, 0.9), "models")["evaluate"]
+
+    known = ("completions", "max_new_tokens", "text_path", "text_seq_len", "text_stride")
+    values = load_config("configs/sweep.yaml", {}).evaluate.model_dump()
+    assert hashed() == hash_json({key: values[key] for key in known})
+    assert hashed(zero_shot_batch_size=1) == hashed()
+    assert hashed(text_split="train") != hashed()
+
+
+def test_measurements_come_back_and_lose_what_was_taken_otherwise():
+    found = Measurements(
+        accuracy=AccuracyResult(0.5, [True, False], ["a", "b"], 2),
+        perplexity=Perplexity(2.0, 9, 5),
+        agreement=Agreement(0.1, 0.9, 9),
+        text_perplexity=Perplexity(7.0, 100, 16, stride=8),
+        sampled=SampledAccuracy([1, 2], num_samples=4, temperature=1.0),
+        zero_shot={"toy": TaskScore("acc", 0.5, None, 4)},
+    )
+    assert from_json(json.loads(json.dumps(to_json(found)))) == found
+    bare = Measurements(accuracy=found.accuracy)
+    assert from_json(json.loads(json.dumps(to_json(bare)))) == bare
+    assert comparable(found, found) == found
+    others = {
+        "perplexity": {"num_tokens": 8},
+        "agreement": {"num_tokens": 8},
+        "text_perplexity": {"stride": 16},
+        "sampled": {"num_samples": 3},
+    }
+    for kind, change in others.items():
+        other = replace(found, **{kind: replace(getattr(found, kind), **change)})
+        assert comparable(found, other) == replace(found, **{kind: None}), kind
+    assert comparable(found, bare).text_perplexity is None
 
 
 def test_a_mask_is_judged_by_the_weights_of_the_reward_mix():
