@@ -24,7 +24,16 @@ from pipeline.errors import UserError
 STAGES = ("prune", "distill", "on_policy", "grpo", "evaluate", "export", "sweep")
 RECORD_FILE = "stage.json"
 MASK_FILE = "mask.safetensors"
-PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "deepspeed")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "datasets",
+    "accelerate",
+    "deepspeed",
+    "lm-eval",
+)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -253,10 +253,26 @@ def stage_inputs(stage: str, config: Config, folder: RunFolder) -> dict[str, Any
 
 def _settle(config: Config, folder: RunFolder, resume: str) -> None:
     """Makes sure that no stage with results was made by another config; `redo` moves such away."""
+    _check_origin(config, folder)
     stage = stage_to_redo(config, folder, resume)
     if stage is not None:
         later = [name for name in STAGES[STAGES.index(stage) :] if folder.stage(name).exists()]
         logger.info("moved %s to %s", ", ".join(later), folder.move_to_old(later))
+
+
+def _check_origin(config: Config, folder: RunFolder) -> None:
+    """Keeps the model that a command names apart from the students of another one.
+
+    Raises:
+        UserError: The folder's student was pruned from another model and is not pruned anew.
+    """
+    record = None if "prune" in config.run.stages else folder.record("prune")
+    pruned = (record or {}).get("inputs", {}).get("student.path", config.student.path)
+    if pruned != config.student.path:
+        raise UserError(
+            f"student.path: {config.student.path!r}: {folder.root} holds students pruned from "
+            f"{pruned!r}; set another --output_dir to measure this model, or that student.path"
+        )
 
 
 def stage_to_redo(config: Config, folder: RunFolder, resume: str) -> str | None:

@@ -59,15 +59,12 @@ def _zero_shot(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
         metric = next(score["metric"] for score in scores if score is not None)
         rows.append([task, metric, *(_score(score) for score in scores)])
     shared = [task for task in tasks if all(task in found[name] for name in names)]
+    note = "lm-evaluation-harness, 0 examples in the prompt; value and standard error."
     if len(shared) > 1 and all(found[names[0]][task]["metric"] in METRICS for task in shared):
         means = [sum(found[name][task]["value"] for task in shared) / len(shared) for name in names]
         rows.append(["average", "", *(f"{100 * mean:.2f} %" for mean in means)])
-    return Table(
-        "Zero-shot tasks",
-        "lm-evaluation-harness, 0 examples in the prompt; value and standard error. The average is "
-        "plain, over the tasks that all models have.",
-        rows,
-    )
+        note += " The average is plain, over the tasks that all models have."
+    return Table("Zero-shot tasks", note, rows)
 
 
 def _score(score: Mapping[str, Any] | None) -> str:

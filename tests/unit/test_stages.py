@@ -140,6 +140,16 @@ def test_a_stage_put_before_a_trained_one_is_refused_or_has_it_trained_again(tmp
     assert len(list((tmp_path / "old").glob("*/grpo/stage.json"))) == 1
 
 
+@pytest.mark.parametrize("resume", ["auto", "redo"])
+def test_another_model_is_not_measured_among_the_students_of_a_run(tmp_path, resume):
+    folder = RunFolder.open(tmp_path)
+    folder.write_record("prune", {"inputs": {"student.path": "bundled"}, "done": True})
+    here = {"run.stages": ["evaluate"]}
+    with pytest.raises(UserError, match=r"^student\.path: 'a/b': .*--output_dir"):
+        _settle(load_config(CONFIG, here | {"student.path": "a/b"}), folder, resume)
+    _settle(load_config(CONFIG, here), folder, resume)
+
+
 def test_a_sweep_trains_all_students_for_equally_long_whatever_runs_measure():
     level = {"sweep.recover_levels": [0.9], "distill.max_steps": 5}
     plain = load_config("configs/sweep.yaml", level)
