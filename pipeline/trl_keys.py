@@ -44,6 +44,10 @@ _FSDP = (
     "masks know plain, DDP and DeepSpeed training",
     "use an accelerate config file with DeepSpeed instead",
 )
+_MOVING_REFERENCE = (
+    "the reference that moves stands in no checkpoint, so a resumed run would be another one",
+    "set grpo.beta alone for a fixed reference, or rewards.teacher_kl_weight instead",
+)
 REFUSED_ALWAYS = {
     "output_dir": ("the run folder holds every stage's checkpoints", "use --output_dir instead"),
     "overwrite_output_dir": ("nothing is overwritten", "use --resume redo instead"),
@@ -60,6 +64,19 @@ REFUSED_ALWAYS = {
         "set evaluate.every_steps instead, which keeps the best student that has it",
     ),
     "save_only_model": ("a checkpoint without optimizer state cannot be resumed", "leave it out"),
+    "save_on_each_node": (
+        "the machines share one run folder, and would write over each other there",
+        "leave it out",
+    ),
+    "ignore_data_skip": ("a resumed run would see the same rows again", "leave it out"),
+    "enable_jit_checkpoint": (
+        "SIGTERM already saves a whole checkpoint, and it would take that signal away",
+        "leave it out",
+    ),
+    "accelerator_config": (
+        "its ways of sharing out batches are not those that resuming counts by",
+        "leave it out",
+    ),
     "auto_find_batch_size": (
         "it starts training again under a mask that has moved on",
         "lower per_device_train_batch_size instead",
@@ -107,6 +124,9 @@ REFUSED = {
     "grpo": {
         **REFUSED_ALWAYS,
         "reward_weights": ("rewards have their own section", "set rewards.weights instead"),
+        "sync_ref_model": _MOVING_REFERENCE,
+        "ref_model_mixup_alpha": _MOVING_REFERENCE,
+        "ref_model_sync_steps": _MOVING_REFERENCE,
         "chat_template_kwargs": _CHAT_TEMPLATE,
     },
 }
@@ -196,6 +216,13 @@ def trl_value_fault(section: str, key: str, value: Any) -> tuple[str, str] | Non
             return f"must be {_AT_LEAST[key]} or more", f"set {_AT_LEAST[key]} or more instead"
         if value <= _MORE_THAN.get(key, -math.inf):
             return "must be more than 0", "set more than 0 instead"
+    if key == "save_strategy" and value == "best":
+        return "nothing is measured that could be best", "set steps instead"
+    if key == "train_sampling_strategy" and value == "group_by_length":
+        return (
+            "its order stands in no checkpoint, so a resumed run would see other rows",
+            "set random or sequential instead",
+        )
     if key == "save_total_limit" and value is not None and value < 2:
         return (
             "a crash while saving would leave no whole checkpoint",

@@ -713,6 +713,17 @@ def test_one_checkpoint_is_too_few(value):
     assert "set 2 or more, or null, instead" in only_fault({"grpo.save_total_limit": value})
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "remedy"),
+    [
+        ("save_strategy", "best", "set steps instead"),
+        ("train_sampling_strategy", "group_by_length", "set random or sequential instead"),
+    ],
+)
+def test_what_a_resumed_run_could_not_honour_is_refused(key, value, remedy):
+    assert remedy in only_fault({f"distill.{key}": value})
+
+
 def test_another_trl_than_expected_is_one_clear_message(monkeypatch):
     monkeypatch.setitem(trl_keys._SOURCES, "grpo", (("trl", "trainer/moved.py", "GRPOConfig"),))
     trl_keys.trl_fields.cache_clear()
