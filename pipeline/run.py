@@ -101,6 +101,13 @@ HARMLESS_KEYS = {
     "evaluate.zero_shot_batch_size",
     "grpo.on_trouble",
 }
+BATCH_KEYS = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "steps_per_generation",
+)
+"""How the rows of a step are shared out among ranks."""
+
 HARMLESS_PREFIXES = ("logging_", "log_", "report_to", "disable_tqdm", "save_", "run_name", "hub_")
 HARMLESS_PREFIXES += ("vllm_server_", "vllm_group_port")  # another node after a requeue
 """Keys that change no result: a stage with results does not mind them."""
@@ -314,12 +321,13 @@ def stage_to_redo(config: Config, folder: RunFolder, resume: str) -> str | None:
 def _comparable(inputs: dict[str, Any], stage: str, done: bool) -> dict[str, Any]:
     """Inputs whose change is a conflict.
 
-    `max_steps` of an unfinished stage may be raised, report and export are made anew when a stage
+    `max_steps` of an unfinished stage may be raised, and its batch shared out in another way
+    (`training/topology_change.py` counts the rows); report and export are made anew when a stage
     before them has run since, and a sweep knows which of its cells a change concerns.
     """
     if stage == "sweep":
         return {}
-    ignored = {f"{stage}.max_steps"} if not done else set()
+    ignored = set() if done else {f"{stage}.{key}" for key in ("max_steps", *BATCH_KEYS)}
     if stage in ("evaluate", "export"):
         ignored.add("files of earlier stages")
     return {key: value for key, value in inputs.items() if key not in ignored}

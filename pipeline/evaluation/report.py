@@ -58,6 +58,7 @@ def build_report(
     pass_at_k: Sequence[int] = (1,),
     refinement: Sequence[Mapping[str, Any]] | None = None,
     heldout: Mapping[str, Mapping[str, Any]] | None = None,
+    topology_changes: Sequence[Mapping[str, Any]] = (),
     timing: Mapping[str, float] | None = None,
     cost: Mapping[str, Mapping[str, Any]] | None = None,
     peak_memory_bytes: int | None = None,
@@ -84,6 +85,8 @@ def build_report(
             reward_after (of the mask bound, or of the best one refused), score, and waited.
         heldout: Training stage to its optimizer `steps`, and to `step` and `accuracy`, on prompts
             set aside, of the student it left.
+        topology_changes: One entry for each time a stage went on under another layout of ranks:
+            stage, step, and `before` and `after`, each with `engine` and `world_size`.
         timing: Stage to seconds.
         cost: Stage to `device`, `processes`, `device_hours`, and of a training stage `tokens`.
         peak_memory_bytes: Largest of the run's processes.
@@ -126,6 +129,7 @@ def build_report(
     report = {key: value for key, value in report.items() if value != {}}
     return report | _present(
         refinement=None if refinement is None else [dict(entry) for entry in refinement],
+        topology_changes=[dict(entry) for entry in topology_changes] or None,
         peak_memory_bytes=peak_memory_bytes,
         seed=seed,
         git_commit=git_commit,

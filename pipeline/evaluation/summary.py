@@ -114,6 +114,15 @@ def key_facts(report: Report) -> list[str]:
             f"Stage {stage} left its student of step {found['step']:,} of {found['steps']:,}, "
             f"right on {percent(found['accuracy'])} of the prompts set aside for choosing it."
         )
+    for change in report.get("topology_changes", []):
+        before, after = (
+            f"{layout['engine']} on {layout['world_size']}"
+            for layout in (change["before"], change["after"])
+        )
+        facts.append(
+            f"From step {change['step']:,} on, stage {change['stage']} went on under another "
+            f"layout: {before}, then {after} ranks."
+        )
     return facts
 
 

@@ -50,6 +50,11 @@ def facts(config: Config, folder: RunFolder) -> dict[str, Any]:
             for name, record in done.items()
             if record.get("student")
         },
+        "topology_changes": [
+            {"stage": name, **change}
+            for name, record in done.items()
+            for change in record.get("topology_changes", [])
+        ],
         "timing": {name: record["seconds"] for name, record in done.items()},
         "cost": {name: _cost(record) for name, record in done.items() if "device" in record},
         "peak_memory_bytes": max(peaks, default=None),

@@ -28,17 +28,17 @@ from pipeline.stopping import Stopped, held, requested
 from pipeline.training.arguments import forget_deepspeed
 from pipeline.training.best_student import adopt_best, read_best
 from pipeline.training.checkpoint import (
-    check_layout,
     check_whole,
     later_checkpoints,
     newest_whole_checkpoint,
+    read_note,
 )
 from pipeline.training.heldout import HeldoutCallback
 from pipeline.training.lora import LoraSparsityCallback
 from pipeline.training.pace import Pace
 from pipeline.training.probe import Probe, ProbePrompt
-from pipeline.training.safe_loading import allow_deepspeed, refuse_code
-from pipeline.training.sparse_trainer import Sparsity, SparsityCallback, layout_of
+from pipeline.training.safe_loading import refuse_code
+from pipeline.training.sparse_trainer import Sparsity, SparsityCallback
 from pipeline.training.step_agreement import StepAgreement
 from pipeline.training.verified_refinement import Verification
 
@@ -172,6 +172,8 @@ class Training:
     """`step` and held-out `accuracy` of the student it left; None where it did not measure."""
     tokens: int = field(default=0, compare=False)
     """Prompts and completions that it was trained on, over all ranks, padding left out."""
+    topology_changes: list[dict[str, Any]] = field(default_factory=list)
+    """`step`, `before` and `after` of each time it went on under another layout."""
 
 
 def train(
@@ -204,9 +206,7 @@ def train(
         check_whole(checkpoint)
         on_main(lambda: _set_later_aside(RunFolder(out.parent), checkpoint))
     if checkpoint is not None:
-        check_layout(checkpoint, layout_of(trainer))
-        if trainer.is_deepspeed_enabled:
-            allow_deepspeed()
+        trainer.accept_topology(checkpoint, read_note(checkpoint), sparsity.stage)
         on_main(lambda: refuse_code(checkpoint))
         logger.info("%s: resuming from %s", sparsity.stage, checkpoint)
         sparsity.resume(checkpoint)
@@ -226,7 +226,12 @@ def train(
             raise Stopped(requested() or "another rank")
         best = _leave_student(trainer, sparsity, heldout, out)
     forget_deepspeed()
-    return Training(trainer.state.global_step, best, int(trainer.state.num_input_tokens_seen))
+    return Training(
+        trainer.state.global_step,
+        best,
+        int(trainer.state.num_input_tokens_seen),
+        list(trainer.topology_changes),
+    )
 
 
 def _leave_student(

@@ -116,8 +116,7 @@ def add_sparsity(
     checkpoint: Path,
     state: SparsityState,
     weights: ShardedWeights,
-    refinements: list[dict[str, Any]],
-    layout: dict[str, Any],
+    note: dict[str, Any],
 ) -> None:
     """Adds masks and movement to what transformers wrote. Every rank calls it.
 
@@ -125,35 +124,12 @@ def add_sparsity(
         checkpoint: What `new_checkpoint` gave.
         state: Masks and movement of this rank's shards.
         weights: The shards.
-        refinements: What each refinement of this stage did so far.
-        layout: How the optimizer's state is cut, see `check_layout`.
+        note: `refinements`, what each of this stage did so far, and what `topology_change.py` has
+            to know: `layout`, `batch`, `topology_changes`.
     """
     save_state(checkpoint, state, weights)
     if is_main():
-        write_json(checkpoint / STATE_FILE, {"refinements": refinements, "layout": layout})
-
-
-def check_layout(checkpoint: Path, layout: dict[str, Any]) -> None:
-    """Refuses a checkpoint whose optimizer state this run cannot read.
-
-    Masks and movement are read by any number of ranks; weights and moments are saved by
-    transformers and DeepSpeed, in one layout. Without DeepSpeed every rank has all of them.
-
-    Args:
-        checkpoint: A whole one.
-        layout: `engine` (`plain` or `zero1` to `zero3`) and `world_size` of this run.
-
-    Raises:
-        UserError: They differ.
-    """
-    saved = json.loads((checkpoint / STATE_FILE).read_text())["layout"]
-    if saved == layout or saved["engine"] == layout["engine"] == "plain":
-        return
-    then, now = (f"{lay['engine']} on {lay['world_size']} ranks" for lay in (saved, layout))
-    raise UserError(
-        f"--output_dir: {checkpoint} was saved by {then}, and {now} cannot read its optimizer "
-        "state; launch as before, or set another --output_dir"
-    )
+        write_json(checkpoint / STATE_FILE, note)
 
 
 def load_sparsity(
@@ -176,9 +152,9 @@ def load_sparsity(
     return SparsityState.from_masks(load_masks(source / MASK_FILE), weights, movement_dtype)
 
 
-def load_refinements(checkpoint: Path) -> list[dict[str, Any]]:
-    """The refinements that `add_sparsity` noted."""
-    return json.loads((checkpoint / STATE_FILE).read_text())["refinements"]
+def read_note(checkpoint: Path) -> dict[str, Any]:
+    """What `add_sparsity` noted."""
+    return json.loads((checkpoint / STATE_FILE).read_text())
 
 
 def newest_whole_checkpoint(stage: Path) -> Path | None:

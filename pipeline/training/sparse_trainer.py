@@ -19,17 +19,16 @@ from pipeline.errors import UserError
 from pipeline.models.prunable import prunable_weights
 from pipeline.ranks import raise_together
 from pipeline.sparsity.hooks import SparsityHooks
-from pipeline.sparsity.layouts import check_optimizer
 from pipeline.sparsity.movement import MovementRule
 from pipeline.sparsity.refine import Refinement, RefinementRule, refine
 from pipeline.sparsity.schedule import RefinementSchedule, Waiting
-from pipeline.sparsity.shards import ShardedWeights, plain_shards
+from pipeline.sparsity.shards import ShardedWeights
 from pipeline.sparsity.state import SparsityState
 from pipeline.training.checkpoint import (
     add_sparsity,
-    load_refinements,
     load_sparsity,
     new_checkpoint,
+    read_note,
 )
 from pipeline.training.engine_metrics import EngineMetrics, movement_quantiles
 from pipeline.training.exact_resume import load_buffer, repeat_draws, save_buffer
@@ -38,6 +37,8 @@ from pipeline.training.muon import MuonAdamW
 from pipeline.training.progress import StageProgress
 from pipeline.training.safe_loading import allow_deepspeed, force_safe_loading
 from pipeline.training.skipped_steps import SkippedSteps
+from pipeline.training.topology_change import AnyTopology, batch_of, layout_of
+from pipeline.training.trained_shards import save_map, shards_of, trained_shards
 from pipeline.training.verified_refinement import Verification, VerifiedRefinement
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class Sparsity:
     def resume(self, checkpoint: Path) -> None:
         """Takes masks, movement and the list of refinements from a checkpoint."""
         self.source = checkpoint
-        self.refinements = load_refinements(checkpoint)
+        self.refinements = read_note(checkpoint)["refinements"]
 
 
 def find_shards(trainer: Trainer) -> ShardedWeights:
@@ -78,22 +79,7 @@ def find_shards(trainer: Trainer) -> ShardedWeights:
     Raises:
         ValueError: In a place where no mask can be enforced; says which setting to change.
     """
-    weights = prunable_weights(trainer.accelerator.unwrap_model(trainer.model))
-    if trainer.is_deepspeed_enabled:
-        from pipeline.sparsity.zero_shards import zero_shards  # deepspeed takes seconds
-
-        return zero_shards(trainer.model_wrapped, weights)
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    check_optimizer(optimizer, weights)
-    return plain_shards(weights, optimizer)
-
-
-def layout_of(trainer: Trainer) -> dict[str, Any]:
-    """How the trainer cuts the optimizer's state: `engine` and `world_size`."""
-    engine = "plain"
-    if trainer.is_deepspeed_enabled:
-        engine = f"zero{trainer.accelerator.state.deepspeed_plugin.zero_stage}"
-    return {"engine": engine, "world_size": trainer.accelerator.num_processes}
+    return shards_of(trainer, prunable_weights(trainer.accelerator.unwrap_model(trainer.model)))
 
 
 class SparsityCallback(TrainerCallback):
@@ -250,7 +236,7 @@ class SparsityCallback(TrainerCallback):
         return Waiting.after(sparsity.schedule, [*sparsity.earlier, *sparsity.refinements])
 
 
-class SparseTrainer:
+class SparseTrainer(AnyTopology):
     """Mixin for a TRL trainer; call `add_sparsity` before `train`."""
 
     sparsity: SparsityCallback
@@ -289,7 +275,7 @@ class SparseTrainer:
         if self.is_deepspeed_enabled:
             allow_deepspeed()
         if resume_from_checkpoint is not None:
-            load_buffer(self, Path(resume_from_checkpoint))
+            load_buffer(self, Path(resume_from_checkpoint), sample_anew=self._rows_moved)
         try:
             return super().train(resume_from_checkpoint, **kwargs)
         finally:
@@ -341,13 +327,14 @@ class SparseTrainer:
             save_buffer(self, folder)
             callback = self.sparsity
             callback.save(folder)
-            add_sparsity(
-                folder,
-                callback.state,
-                callback.weights,
-                callback.sparsity.refinements,
-                layout_of(self),
-            )
+            save_map(folder, trained_shards(self))
+            note = {
+                "refinements": callback.sparsity.refinements,
+                "layout": layout_of(self),
+                "batch": batch_of(self),
+                "topology_changes": self.topology_changes,
+            }
+            add_sparsity(folder, callback.state, callback.weights, note)
         if push:
             self._push_from_checkpoint(str(out / folder.name))
 

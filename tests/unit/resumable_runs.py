@@ -12,6 +12,7 @@ from datasets import Dataset
 from trl import DistillationConfig, GRPOConfig, SFTConfig
 
 from pipeline.models.loading import load_tokenizer
+from pipeline.training.checkpoint import read_note
 from pipeline.training.distill_trainer import DistillTrainer
 from pipeline.training.grpo_trainer import TeacherGRPOTrainer
 from pipeline.training.on_policy_trainer import OnPolicyTrainer
@@ -80,8 +81,10 @@ def trainer_of(stage, out, world_size=1, **arguments):
     return trainer
 
 
-def run(stage, out, prune, checkpoint=None, world_size=1, **arguments):
+def run(stage, out, prune, checkpoint=None, world_size=1, callbacks=(), **arguments):
     """Trains to the end, from a checkpoint if one is given.
+
+    `callbacks` are made with the trainer, and hear of each event after its own.
 
     Returns:
         Weights by name (on rank 0 under ZeRO), this rank's masks and movement, the refinements, and
@@ -91,9 +94,12 @@ def run(stage, out, prune, checkpoint=None, world_size=1, **arguments):
     sparsity = sparsity_of(trainer.model, prune, end_step=6)
     sparsity.stage = stage
     if checkpoint is not None:
+        trainer.accept_topology(checkpoint, read_note(checkpoint), stage)
         sparsity.resume(checkpoint)
         random.random(), np.random.rand(), torch.rand(())  # another process drew others before
     callback = trainer.add_sparsity(sparsity)
+    for kind in callbacks:
+        trainer.add_callback(kind(trainer))
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if trainer.is_deepspeed_enabled:
         weights = trainer.accelerator.get_state_dict(trainer.deepspeed) or {}

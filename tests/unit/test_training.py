@@ -1,7 +1,5 @@
 """The trainers around TRL: losses against textbook versions, masks kept, resume exact."""
 
-import json
-
 import pytest
 import torch
 from datasets import Dataset
@@ -17,7 +15,7 @@ from pipeline.sparsity.masks import save_masks
 from pipeline.sparsity.movement import MovementRule
 from pipeline.sparsity.refine import RefinementRule
 from pipeline.sparsity.schedule import RefinementSchedule
-from pipeline.training.checkpoint import STATE_FILE, check_layout, newest_whole_checkpoint
+from pipeline.training.checkpoint import newest_whole_checkpoint
 from pipeline.training.distill_trainer import DistillTrainer, forward_kl
 from pipeline.training.grpo_trainer import TeacherGRPOTrainer
 from pipeline.training.sparse_trainer import Sparsity
@@ -258,18 +256,3 @@ def test_three_in_a_row_stop_the_run_and_name_the_weight(tokenizer, tmp_path, ma
     with pytest.raises(UserError, match=named):
         trainer.train()
     assert trainer.skipped_steps.count == 5
-
-
-@pytest.mark.parametrize(
-    ("engine", "world_size", "refused"),
-    [("plain", 1, False), ("plain", 4, False), ("zero2", 1, True), ("zero3", 2, True)],
-)
-def test_a_checkpoint_of_another_layout_is_refused(tmp_path, engine, world_size, refused):
-    layout = {"engine": "plain", "world_size": 1}
-    (tmp_path / STATE_FILE).write_text(json.dumps({"refinements": [], "layout": layout}))
-    now = {"engine": engine, "world_size": world_size}
-    if not refused:
-        check_layout(tmp_path, now)
-        return
-    with pytest.raises(UserError, match=f"saved by plain on 1 ranks, and {engine} on"):
-        check_layout(tmp_path, now)

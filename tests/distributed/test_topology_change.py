@@ -1,0 +1,71 @@
+"""A checkpoint of one layout goes on under another: the same state bit for bit, the same run."""
+
+import pytest
+import torch
+
+from tests.distributed.topology_jobs import STOP, train
+from tests.distributed.workers import run_on_ranks
+
+pytestmark = pytest.mark.distributed
+
+PLAIN, ZERO_1, ZERO_2, ZERO_3 = ("plain", 1), ("zero1", 1), ("zero2", 2), ("zero3", 2)
+CHANGES = [
+    (PLAIN, ZERO_2),
+    (PLAIN, ZERO_3),
+    (ZERO_2, PLAIN),
+    (ZERO_3, PLAIN),
+    (ZERO_2, ZERO_3),
+    (ZERO_3, ZERO_2),
+    (ZERO_2, ZERO_1),
+]
+
+
+def on(layout, *arguments):
+    """What rank 0 of a layout returns; plain torch trains in this process."""
+    name, world_size = layout
+    if name == "plain":
+        return train(0, 1, name, *arguments)
+    return run_on_ranks(world_size, train, name, *arguments)[0]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Straight runs of distill, each with a checkpoint after `STOP`."""
+    folder = tmp_path_factory.mktemp("saved")
+    return {
+        layout: (folder, on(layout, "distill", str(folder))) for layout in (PLAIN, ZERO_2, ZERO_3)
+    }
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), CHANGES, ids=lambda layout: "x".join(map(str, layout))
+)
+def test_state_is_carried_over_bit_for_bit_and_training_follows(before, after, saved, tmp_path):
+    folder, straight = saved[before]
+    checkpoint = folder / before[0] / f"checkpoint-{STOP}"
+    resumed = on(after, "distill", str(tmp_path), str(checkpoint))
+    assert resumed["state"].keys() == straight["state"].keys()
+    assert {key.split()[0] for key in straight["state"]} >= {
+        "exp_avg",
+        "exp_avg_sq",
+        "step",
+        "mask",
+    }
+    differing = [
+        key
+        for key, value in straight["state"].items()
+        if not torch.equal(torch.as_tensor(value), torch.as_tensor(resumed["state"][key]))
+    ]
+    assert differing == []
+    (change,) = resumed["changes"]
+    assert change["step"] == STOP
+    assert [(lay["engine"], lay["world_size"]) for lay in (change["before"], change["after"])] == [
+        before,
+        after,
+    ]
+    assert [r["step"] for r in resumed["refinements"]] == [
+        r["step"] for r in straight["refinements"]
+    ]
+    for name, weight in straight["weights"].items():
+        gap = (weight - resumed["weights"][name]).abs()
+        assert (gap > 1e-4).float().mean() < 1e-3, name
