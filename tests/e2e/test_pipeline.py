@@ -2,11 +2,8 @@
 
 import json
 import os
-import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -129,34 +126,6 @@ def test_evaluate_alone_measures_any_model(finished, tmp_path):
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["accuracy"]["num_prompts"] == 50
     assert "pruned" not in report["accuracy"]
-
-
-@pytest.mark.parametrize("stage", ["distill", "grpo"])
-def test_killed_after_a_checkpoint_it_goes_on_from_there(stage, tmp_path):
-    out = tmp_path / "run"
-    process = subprocess.Popen(
-        command("configs/quickstart.yaml", out),
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 200
-    while not list((out / stage).glob("checkpoint-*/sparsity.json")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (out / "report.json").exists()
-
-    again = launch("configs/quickstart.yaml", out)
-    assert again.returncode == 0, again.stderr[-2000:]
-    assert re.search(rf"{stage}: resuming from .*/{stage}/checkpoint-\d+", again.stderr)
-    report = json.loads((out / "report.json").read_text())
-    assert [e["step"] for e in report["refinement"]] == [10, 19]
-    log = json.loads((out / stage / "log_history.json").read_text())
-    assert log[-1]["step"] == SMALL[f"{stage}.max_steps"]
 
 
 def test_grpo_70_runs_with_only_paths_and_step_counts_changed(tmp_path):
