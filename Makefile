@@ -2,6 +2,7 @@
 #
 #   make quickstart    from a fresh clone to a report: installs, then runs every stage on the bundled task
 #   make test          the whole test suite
+#   make soak          runs killed, stopped and damaged at points drawn with a fixed seed: half an hour
 #   make lint          ruff, check and format
 #   make results       fails where a table of RESULTS.md is not what results/ holds
 #   make venv          the environment alone
@@ -15,7 +16,7 @@ TORCH_INDEX ?=
 VENV := .venv
 DEBIAN_PACKAGES := slurmctld slurmd slurm-client munge chromium
 
-.PHONY: venv quickstart test lint results system-deps
+.PHONY: venv quickstart test soak lint results system-deps
 
 venv: $(VENV)/.installed
 
@@ -30,6 +31,9 @@ quickstart: venv
 
 test: venv
 	$(VENV)/bin/python -m pytest
+
+soak: venv
+	$(VENV)/bin/python -m tests.soak.faults
 
 lint: venv
 	$(VENV)/bin/ruff check .

@@ -5,6 +5,7 @@
     python launch/benchmark.py --suite clipping    what the gradient norm does to movement
     python launch/benchmark.py --suite prune       one-shot methods on one layer, by shape
     python launch/benchmark.py --suite inference   every export beside the dense model
+    python launch/benchmark.py --suite checkpoint  saving, resuming, and the time of --help
 
 Each writes `results/benchmark_SUITE.json`: medians and quartiles, with hardware, date, versions and
 commit. `OMP_NUM_THREADS` sets torch's threads.
@@ -26,7 +27,7 @@ from pipeline.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "benchmark"
-SUITES = ("step", "engine", "clipping", "prune", "inference")
+SUITES = ("step", "engine", "clipping", "prune", "inference", "checkpoint")
 BAD_INPUT = 2
 
 
@@ -72,6 +73,10 @@ def measure(arguments: argparse.Namespace, save: Callable[[dict], None]) -> None
         from launch.benchmarks import inference as suite
 
         result = suite.run(arguments.config or CONFIGS / "inference.yaml", save)
+    elif arguments.suite == "checkpoint":
+        from launch.benchmarks import checkpoint as suite
+
+        result = suite.run()
     else:
         from launch.benchmarks import clipping as suite
 

@@ -12,7 +12,7 @@ A table stands between two markers. The first says what to show, as YAML on one 
 recovered_kl or recovered_accuracy), or `against`, one of them, of the headline row beside each
 other row's; or at one `level` several `measures` side by side. `rows` and `levels` are optional.
 The prune suite has `layer`, inference `model`, or `break_even`, a dtype of the dense
-side, the step suite `step`, its shape.
+side, the step suite `step`, its shape. The soak's has `faults: all`.
 """
 
 import argparse
@@ -118,6 +118,20 @@ def layer_table(found: dict, wanted: dict) -> str:
     return table([header, *body])
 
 
+def fault_table(found: dict, wanted: dict) -> str:
+    """Kinds of faults down: how often each was tried, and what became of the runs."""
+    kinds: dict[str, list[dict]] = {}
+    for fault in found["faults"].values():
+        ranks = fault["ranks"]
+        kinds.setdefault(f"{fault['kind']}, {ranks} rank{'s' * (ranks > 1)}", []).append(fault)
+    header = ["fault", "times tried", "lost", "ended bit-identical"]
+    body = [
+        [kind, str(len(tried)), *(str(sum(f[key] for f in tried)) for key in ("lost", "identical"))]
+        for kind, tried in kinds.items()
+    ]
+    return table([header, *body])
+
+
 def _side(figures: dict | None) -> str:
     if figures is None:
         return ""
@@ -189,6 +203,7 @@ SUITE_TABLES = {
     "model": inference_table,
     "break_even": break_even_table,
     "step": step_table,
+    "faults": fault_table,
 }
 """Key of a marker to what it shows; a marker without one shows a sweep."""
 

@@ -110,6 +110,20 @@ def test_a_resumed_run_ends_bit_identical_to_the_straight_one(prune, tmp_path, l
     assert all(torch.equal(a, b) for (*_, a), (*_, b) in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize(("before", "after"), [("plain", "zero3"), ("zero2", "plain")])
+def test_a_student_goes_on_under_another_layout(prune, alone, tmp_path, before, after):
+    expected, _ = alone
+    for layout, stop in ((before, 4), (after, LAST_STEP)):
+        ranks = 1 if layout == "plain" else 2
+        found = run_on_ranks(ranks, stage, layout, str(prune), str(tmp_path), SGD, (stop,))[0][-1]
+    assert [change["step"] for change in found["done"].topology_changes] == [4]
+    assert found["refinements"] == expected["refinements"]
+    for name, factors in expected["factors"].items():
+        assert torch.equal(found["masks"][name], expected["masks"][name])
+        for one, wanted in zip(found["factors"][name], factors, strict=True):
+            assert (one - wanted).norm() <= 1e-4 * wanted.norm(), name
+
+
 @pytest.mark.parametrize("layout", ["zero2-bf16", "zero3-persistent-bf16"])
 def test_in_bf16_the_saved_model_computes_what_the_trained_one_does(prune, tmp_path, layout):
     ranks = run_on_ranks(2, stage, layout, str(prune), str(tmp_path), ADAM, (LAST_STEP,))

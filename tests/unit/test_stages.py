@@ -150,6 +150,19 @@ def test_another_model_is_not_measured_among_the_students_of_a_run(tmp_path, res
     _settle(load_config(CONFIG, here), folder, resume)
 
 
+def test_an_unfinished_stage_may_share_out_its_batch_in_another_way(tmp_path):
+    folder = RunFolder.open(tmp_path)
+    config = load_config(CONFIG, SHORT | {"run.stages": ["prune", "distill"]})
+    split = {"distill.per_device_train_batch_size": 32, "distill.gradient_accumulation_steps": 4}
+    other = load_config(CONFIG, SHORT | split | {"run.stages": ["prune", "distill"]})
+    record = {"inputs": stage_inputs("distill", config, folder), "outputs": {}}
+    folder.write_record("distill", record | {"done": False})
+    _settle(other, folder, "auto")
+    folder.write_record("distill", record | {"done": True})
+    with pytest.raises(UserError, match=r"^distill: .*per_device_train_batch_size: 128 -> 32"):
+        _settle(other, folder, "auto")
+
+
 def test_a_sweep_trains_all_students_for_equally_long_whatever_runs_measure():
     level = {"sweep.recover_levels": [0.9], "distill.max_steps": 5}
     plain = load_config("configs/sweep.yaml", level)
