@@ -20,17 +20,18 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, TrainerCallback
-from trl import SFTConfig
 
 from launch.benchmarks.shapes import Shape
 from launch.benchmarks.step import magnitude_masks
 from pipeline.artifacts import MASK_FILE
+from pipeline.config_loading import load_config
 from pipeline.models.loading import load_tokenizer
 from pipeline.models.prunable import apply_masks, prunable_weights
 from pipeline.sparsity.masks import save_masks
 from pipeline.sparsity.movement import MovementRule
 from pipeline.sparsity.refine import RefinementRule
 from pipeline.training import sparse_trainer
+from pipeline.training.arguments import distill_arguments
 from pipeline.training.checkpoint import newest_whole_checkpoint, read_note
 from pipeline.training.distill_trainer import DistillTrainer
 from pipeline.training.sparse_trainer import Sparsity
@@ -104,20 +105,15 @@ def _trainer(
     folder: Path, model: LlamaForCausalLM, dtype: torch.dtype, steps: int
 ) -> tuple[DistillTrainer, Sparsity]:
     """A distillation of a model from itself on a few rows."""
+    values = {"max_steps": steps, "save_steps": STEPS, "per_device_train_batch_size": 4}
+    config = load_config(
+        ROOT / "configs" / "quickstart.yaml",
+        {f"distill.{key}": value for key, value in values.items()} | {"distill.disable_tqdm": True},
+    )
     rows = [[5 + i % 5, 13, 7, *range(20, 28), 1] for i in range(8)]
     trainer = DistillTrainer(
         model=model,
-        args=SFTConfig(
-            output_dir=str(folder),
-            max_steps=steps,
-            save_steps=STEPS,
-            per_device_train_batch_size=4,
-            report_to="none",
-            use_cpu=not torch.cuda.is_available(),
-            bf16=False,
-            gradient_checkpointing=False,
-            disable_tqdm=True,
-        ),
+        args=distill_arguments(config, folder),
         train_dataset=Dataset.from_dict(
             {"input_ids": rows, "labels": [[-100] * 3 + row[3:] for row in rows]}
         ),

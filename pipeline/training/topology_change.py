@@ -121,17 +121,16 @@ class AnyTopology:
         """Weights, moments and scheduler of another layout."""
         failure = None
         weights = trained_shards(self)
+        groups = weights.optimizer.param_groups
+        state = torch.load(checkpoint / SCHEDULER_NAME, map_location="cpu", weights_only=True)
         try:
             load_trained(checkpoint, engine, weights)
+            self.lr_scheduler.load_state_dict(_for_groups(checkpoint, state, len(groups)))
         except UserError as error:
             failure = error
         raise_together(failure)
         weights.publish()
-        self._load_optimizer_and_scheduler(str(checkpoint))  # TRL's own small files too
-        state = torch.load(checkpoint / SCHEDULER_NAME, map_location="cpu", weights_only=True)
-        self.lr_scheduler.load_state_dict(state)
-        rates = self.lr_scheduler.get_last_lr()
-        for group, rate in zip(weights.optimizer.param_groups, rates, strict=True):
+        for group, rate in zip(groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
         if self.is_deepspeed_enabled:
             self.model_wrapped.global_steps = self.state.global_step
@@ -195,6 +194,10 @@ def _check_readable(
             "deepspeed_config has an optimizer or a scheduler of its own, whose state DeepSpeed "
             "alone can read"
         )
+    elif getattr(trainer.args, "use_adaptive_entropy", False):
+        why = (
+            "TRL reads the coefficient of use_adaptive_entropy with its own optimizer's state alone"
+        )
     elif trainer.args.fp16:
         why = "the loss scale of fp16 belongs to one layout (bf16 has none)"
     else:
@@ -203,6 +206,24 @@ def _check_readable(
         f"--output_dir: {checkpoint} was saved by {describe(before)}, and {describe(after)} cannot "
         f"read it: {why}; launch as before, or set another --output_dir"
     )
+
+
+def _for_groups(checkpoint: Path, state: dict[str, Any], count: int) -> dict[str, Any]:
+    """A scheduler's state for so many parameter groups: DeepSpeed leaves out those without weights.
+
+    Raises:
+        UserError: Their number changes, and they are not all alike.
+    """
+    lists = {key: value for key, value in state.items() if isinstance(value, list)}
+    if all(len(values) == count for values in lists.values()):
+        return state
+    if any(value != values[0] for values in lists.values() for value in values):
+        raise UserError(
+            f"--output_dir: {checkpoint}: its groups of weights differ in their learning rates, "
+            f"and their number would be {count} from here on; launch as before, or set another "
+            "--output_dir"
+        )
+    return state | {key: values[:1] * count for key, values in lists.items()}
 
 
 def _has_own_scheduler(trainer: Trainer) -> bool:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.training.topology_change import AnyTopology, batch_of, layout_of
+from pipeline.training.topology_change import AnyTopology, _for_groups, batch_of, layout_of
 
 ZERO_2 = {"engine": "zero2", "world_size": 2}
 
@@ -99,3 +99,15 @@ def test_what_would_be_carried_over_in_part_is_refused(after, missing, why, tmp_
         accept(trainer(), after, tmp_path, missing)
     assert why in str(refused.value)
     assert str(refused.value).endswith("launch as before, or set another --output_dir")
+
+
+def test_a_schedule_fits_groups_that_deepspeed_leaves_out(tmp_path):
+    state = {"base_lrs": [0.1, 0.1], "_last_lr": [0.05, 0.05], "last_epoch": 3}
+    assert _for_groups(tmp_path, state, 2) == state
+    assert _for_groups(tmp_path, state, 1) == {
+        "base_lrs": [0.1],
+        "_last_lr": [0.05],
+        "last_epoch": 3,
+    }
+    with pytest.raises(UserError, match="differ in their learning rates"):
+        _for_groups(tmp_path, state | {"base_lrs": [0.1, 0.2]}, 1)
