@@ -155,10 +155,12 @@ def test_an_unfinished_stage_may_share_out_its_batch_in_another_way(tmp_path):
     config = load_config(CONFIG, SHORT | {"run.stages": ["prune", "distill"]})
     split = {"distill.per_device_train_batch_size": 32, "distill.gradient_accumulation_steps": 4}
     other = load_config(CONFIG, SHORT | split | {"run.stages": ["prune", "distill"]})
-    record = {"inputs": stage_inputs("distill", config, folder), "outputs": {}}
+    done = {"done": True, "outputs": {}}
+    folder.write_record("prune", done | {"inputs": stage_inputs("prune", config, folder)})
+    record = done | {"inputs": stage_inputs("distill", config, folder)}
     folder.write_record("distill", record | {"done": False})
     _settle(other, folder, "auto")
-    folder.write_record("distill", record | {"done": True})
+    folder.write_record("distill", record)
     with pytest.raises(UserError, match=r"^distill: .*per_device_train_batch_size: 128 -> 32"):
         _settle(other, folder, "auto")
 
