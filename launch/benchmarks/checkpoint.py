@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from launch.benchmarks.shapes import Shape
-from launch.benchmarks.step import magnitude_masks
 from pipeline.artifacts import MASK_FILE
 from pipeline.config_loading import load_config
 from pipeline.models.loading import load_tokenizer
@@ -30,6 +29,7 @@ from pipeline.models.prunable import apply_masks, prunable_weights
 from pipeline.sparsity.masks import save_masks
 from pipeline.sparsity.movement import MovementRule
 from pipeline.sparsity.refine import RefinementRule
+from pipeline.sparsity.threshold import masks_by_score
 from pipeline.training import sparse_trainer
 from pipeline.training.arguments import distill_arguments
 from pipeline.training.checkpoint import newest_whole_checkpoint, read_note
@@ -71,7 +71,8 @@ def run() -> dict:
 def _one(folder: Path, dtype: torch.dtype) -> dict:
     """Saves, and resumes, with movement in one type."""
     model = SHAPE.model("cpu")
-    masks = magnitude_masks(prunable_weights(model))
+    scores = {name: weight.detach().abs() for name, weight in prunable_weights(model).items()}
+    masks = masks_by_score(scores, 0.9, "matrix")
     apply_masks(model, masks)
     save_masks(folder / MASK_FILE, masks)
     saving = _timed_saving(_trainer(folder, model, dtype, STEPS)[0])
