@@ -82,6 +82,7 @@ def try_fault(folder: Path, fault: str, ranks: int) -> dict:
     said = f"fault: {fault}" in out.with_name(f"{out.name}.log").read_text(errors="replace")
     assert said, f"{fault} was never reached; see {out}.log"
     status = (out / "exit_status").read_text().strip() if (out / "exit_status").exists() else None
+    assert name == "KILL" or status == "75", f"{fault} left status {status}; see {out}.log"
     kind = TARGETS[target] if name == "KILL" else f"SIG{name}"
     if ranks > 1 and name != "KILL":
         kind += " to one of two ranks"

@@ -9,6 +9,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,7 @@ def _run(argv: list[str], fault: str | None, log: str) -> None:
     with open(log, "ab") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
     os.chdir(ROOT)
     os.environ |= ENVIRONMENT
     sys.argv[1:] = argv
