@@ -157,8 +157,16 @@ def run(config: Config, *, output_dir: Path, resume: str = "auto") -> None:
         raise
     finally:
         if is_main():
-            write_text(folder.root / "exit_status", f"{status}\n")
+            _leave_status(folder, status)
             release_lock(folder.root, owner)
+
+
+def _leave_status(folder: RunFolder, status: int) -> None:
+    """Writes `exit_status`; on a disk without space what ended the run stays the one message."""
+    try:
+        write_text(folder.root / "exit_status", f"{status}\n")
+    except OSError as error:
+        logger.warning("%s: no exit_status: %s", folder.root, error)
 
 
 def _run_and_tell(
