@@ -6,6 +6,7 @@ from trl import SFTConfig
 from pipeline.models.loading import load_tokenizer
 from pipeline.training.distill_trainer import DistillTrainer
 from tests.unit.tiny_models import tiny
+from tests.unit.unchecked import Unchecked
 
 NUM_ROWS = 8
 
@@ -41,13 +42,3 @@ def first_step(rank, world_size, folder):
     trainer.train()
     assert trainer.accelerator.num_processes == world_size
     return {key: trainer.state.log_history[0][key] for key in ("loss", "grad_norm", "kl")}
-
-
-class Unchecked:
-    """No masks here: this is about the loss."""
-
-    count = 0
-    measured = 0.0
-
-    def check(self, grad_norm, step):
-        return True

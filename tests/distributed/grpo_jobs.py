@@ -9,9 +9,9 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from pipeline.models.chunked_head import chunked_head
 from pipeline.models.loading import load_tokenizer
-from tests.distributed.distill_jobs import Unchecked
 from tests.unit.recorded_grpo import recorded_trainer
 from tests.unit.tiny_models import tiny
+from tests.unit.unchecked import Unchecked
 
 BATCH_SIZE = 8  # completions of the step, over all ranks: two prompts, four completions each
 PLACES = {

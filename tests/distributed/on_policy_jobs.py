@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from pipeline.models.loading import load_tokenizer
-from tests.distributed.distill_jobs import Unchecked
 from tests.distributed.grpo_jobs import deepspeed_arguments, forget_engine
 from tests.unit.recorded_on_policy import COMPLETIONS, RecordedTrainer, on_policy_trainer
 from tests.unit.tiny_models import tiny
+from tests.unit.unchecked import Unchecked
 
 
 def gradient(rank, world_size, layout, placement, folder) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from pipeline.rollouts import generate
 from pipeline.training.distill_trainer import DistillTrainer
 from pipeline.training.probe import ProbePrompt
 from tests.unit.tiny_models import tiny
+from tests.unit.unchecked import Unchecked
 
 TEXTS = ["12@35=", "7@7=", "12@35#47=", "3#9=", "41@2#8=", "5@6=", "11#11="]
 """An odd number, of different lengths."""
@@ -29,16 +30,6 @@ def prompts_for(tokenizer, seed=0, max_new_tokens=4):
         )
         for index, (ids, answer) in enumerate(zip(encoded, answers, strict=True))
     ]
-
-
-class Unchecked:
-    """No masks here."""
-
-    count = 0
-    measured = 0.0
-
-    def check(self, grad_norm, step):
-        return True
 
 
 def short_distillation(tokenizer, out, **arguments):

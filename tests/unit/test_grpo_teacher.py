@@ -18,6 +18,7 @@ from tests.unit.recorded_grpo import (
     starts_even,
     trainer_with_teacher,
 )
+from tests.unit.unchecked import Unchecked
 
 PLACES = ("advantage", "reward", "loss")
 
@@ -194,15 +195,6 @@ def test_training_goes_through_trl(build, place):
     assert any(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
     assert all(weight.grad is None for weight in trainer.teacher.parameters())
     assert not trainer.teacher.training
-
-
-class Unchecked:
-    """No masks here: this is about the teacher."""
-
-    count, measured = 0, 0.0
-
-    def check(self, grad_norm, step):
-        return True
 
 
 def test_a_teacher_on_the_cpu_says_the_same(build):

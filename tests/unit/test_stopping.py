@@ -20,6 +20,14 @@ from tests.unit.test_training import distill_trainer, sparsity_of, tokenizer  # 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A shell's background jobs ignore interrupts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def listens():
     with listening():
