@@ -37,6 +37,7 @@ def train(rank, world_size, layout, stage, folder, checkpoint=None, **arguments)
             if checkpoint is None and state.global_step == STOP:
                 seen.state = whole_state(seen.trainer)
 
+    folder.mkdir(parents=True, exist_ok=True)  # also where this rank is the first
     forget_engine()
     found, refinements, _ = run(
         stage,
