@@ -28,8 +28,9 @@ from pipeline.models.loading import load_architecture
 from pipeline.models.paths import resolve_model
 from pipeline.ranks import is_main
 from pipeline.rules.batches import prompt_fault
-from pipeline.run import open_inputs, quiet_libraries, stage_to_redo
+from pipeline.run import open_inputs, quiet_libraries
 from pipeline.stages.inputs import TaskInputs
+from pipeline.stages.provenance import stage_to_redo
 from pipeline.training.arguments import (
     check_trl_values,
     distill_arguments,

@@ -14,7 +14,7 @@ from pipeline.config_loading import load_config
 from pipeline.doctor import check as doctor
 from pipeline.doctor.disk import checkpoints_kept, nearest_existing
 from pipeline.models.paths import BUNDLED_MODEL
-from pipeline.run import stage_inputs
+from pipeline.stages.provenance import stage_inputs
 
 SMALL_TASK = ["--task.num_train", "64", "--task.num_test", "32"]
 

@@ -14,10 +14,10 @@ from pipeline.evaluation.harness import TaskScore
 from pipeline.evaluation.perplexity import Perplexity
 from pipeline.evaluation.report import Measurements
 from pipeline.evaluation.sampled_accuracy import SampledAccuracy
-from pipeline.run import _settle, stage_inputs
 from pipeline.sparsity.schedule import Waiting
 from pipeline.stages import sweep
 from pipeline.stages.measure import comparable, from_json, to_json
+from pipeline.stages.provenance import settle, stage_inputs
 from pipeline.stages.training import end_step, first_step, stage_sparsity
 from pipeline.stages.verification import mask_reward
 from pipeline.training.mask_choice import MaskReward
@@ -129,13 +129,13 @@ def test_a_stage_put_before_a_trained_one_is_refused_or_has_it_trained_again(tmp
     for stage in stages:
         inputs = stage_inputs(stage, config, folder)
         folder.write_record(stage, {"inputs": inputs, "done": True, "outputs": {}})
-    _settle(config, folder, "auto")
+    settle(config, folder, "auto")
     more = {"on_policy.max_steps": 5, "run.stages": [*stages[:2], "on_policy", *stages[2:]]}
     longer = load_config(CONFIG, SHORT | more)
     with pytest.raises(UserError, match=r"^grpo: .*before on_policy -> after.*--resume redo"):
-        _settle(longer, folder, "auto")
+        settle(longer, folder, "auto")
     assert folder.is_done("grpo")
-    _settle(longer, folder, "redo")
+    settle(longer, folder, "redo")
     assert [stage for stage in stages if folder.record(stage)] == stages[:2]
     assert len(list((tmp_path / "old").glob("*/grpo/stage.json"))) == 1
 
@@ -146,8 +146,8 @@ def test_another_model_is_not_measured_among_the_students_of_a_run(tmp_path, res
     folder.write_record("prune", {"inputs": {"student.path": "bundled"}, "done": True})
     here = {"run.stages": ["evaluate"]}
     with pytest.raises(UserError, match=r"^student\.path: 'a/b': .*--output_dir"):
-        _settle(load_config(CONFIG, here | {"student.path": "a/b"}), folder, resume)
-    _settle(load_config(CONFIG, here), folder, resume)
+        settle(load_config(CONFIG, here | {"student.path": "a/b"}), folder, resume)
+    settle(load_config(CONFIG, here), folder, resume)
 
 
 def test_an_unfinished_stage_may_share_out_its_batch_in_another_way(tmp_path):
@@ -159,10 +159,10 @@ def test_an_unfinished_stage_may_share_out_its_batch_in_another_way(tmp_path):
     folder.write_record("prune", done | {"inputs": stage_inputs("prune", config, folder)})
     record = done | {"inputs": stage_inputs("distill", config, folder)}
     folder.write_record("distill", record | {"done": False})
-    _settle(other, folder, "auto")
+    settle(other, folder, "auto")
     folder.write_record("distill", record)
     with pytest.raises(UserError, match=r"^distill: .*per_device_train_batch_size: 128 -> 32"):
-        _settle(other, folder, "auto")
+        settle(other, folder, "auto")
 
 
 def test_a_sweep_trains_all_students_for_equally_long_whatever_runs_measure():
