@@ -9,11 +9,9 @@ import logging
 from typing import Any
 
 from pipeline.artifacts import STAGES, RunFolder, changed_inputs
-from pipeline.config import Config
+from pipeline.config import TRAINING_STAGES, Config
 from pipeline.errors import UserError
 from pipeline.stages.inputs import model_fingerprint
-
-TRAINING_STAGES = ("distill", "on_policy", "grpo")
 
 SECTIONS_READ = {
     "prune": ("student", "teacher", "task", "calibration", "prune"),
