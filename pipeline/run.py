@@ -235,9 +235,10 @@ def quiet_libraries() -> None:
     """Keeps the terminal for what a user acts on.
 
     No bars for files of a second, no notices about names that TRL uses and transformers renames, or
-    that DeepSpeed uses and torch renames.
+    that DeepSpeed uses and torch renames, none about fonts that matplotlib has another one for.
     """
     disable_progress_bar()
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     for module in ("transformers", "torch.distributed"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
 

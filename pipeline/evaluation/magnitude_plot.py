@@ -94,7 +94,7 @@ def plot_magnitude(counts: Mapping[str, Tensor], *, kept: str, pruned: str) -> P
         if axes.lines:
             low, high = axes.get_ylim()
             axes.set_ylim(bottom=max(low, high / 10**MOVEMENT_DECADES))
-            axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+            axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
     lower.set_xlabel("size of the weight in the dense student")
     return finish(figure, title)
 

@@ -67,3 +67,10 @@ def test_a_run_that_pruned_nothing_and_moved_nothing_is_drawn_too():
     counts = {"kept": still, "came back": count_pairs([]), "pruned": count_pairs([])}
     picture = plot_magnitude(counts, kept="displacement", pruned="proposed")
     assert picture.title == "0.0 % of the kept weights had been pruned and came back"
+
+
+@pytest.mark.filterwarnings("error:constrained_layout not applied")
+def test_both_kinds_of_kept_weights_fit_a_narrow_page():
+    sizes, movement = spread(30000, seed=3)
+    counts = {name: count_pairs([(sizes, movement)]) for name in ("kept", "came back", "pruned")}
+    plot_magnitude(counts, kept="gradient", pruned="negative_gradient")
