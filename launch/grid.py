@@ -47,8 +47,8 @@ class Grid:
     """Of every run, relative to the repository."""
     keys: dict[str, Any]
     """SECTION.KEY to value, of every run."""
-    levels: list[float]
-    """Values of `prune.sparsity`."""
+    levels: dict[float, dict[str, Any]]
+    """Values of `prune.sparsity`, each with further keys that it sets."""
     seeds: list[int]
     """Values of `run.seed`."""
     headline: str
@@ -96,7 +96,8 @@ def plan(grid: Grid, root: Path) -> list[CellPlan]:
 
 
 def _arguments(grid: Grid, row: str, level: float, seed: int) -> list[str]:
-    values = {"run.seed": seed, "prune.sparsity": level} | grid.keys | grid.rows[row]
+    values = {"run.seed": seed, "prune.sparsity": level}
+    values |= grid.keys | grid.levels[level] | grid.rows[row]
     words = [
         word
         for key, value in values.items()

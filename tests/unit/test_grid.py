@@ -13,7 +13,7 @@ GRID = Grid(
     title="t",
     config=Path("c.yaml"),
     keys={"run.stages": ["prune"], "distill.max_steps": 5},
-    levels=[0.5, 0.95],
+    levels={0.5: {}, 0.95: {"refine.every_steps": 7}},
     seeds=[3, 1],
     headline="b",
     rows={"b": {}, "a": {"prune.sparsity": 0, "distill.max_steps": 9, "student.path": "d/{level}"}},
@@ -31,6 +31,7 @@ def test_seeds_are_outermost_and_a_row_wins_over_everything(tmp_path):
         "--run.seed": "3",
         "--prune.sparsity": "0",
         "--run.stages": '["prune"]',
+        "--refine.every_steps": "7",
         "--distill.max_steps": "9",
         "--student.path": "d/0.95",
     }
