@@ -21,7 +21,7 @@ NUM_CONFIGS = {
     "configs": 8,
     "configs/accelerate": 7,
     "configs/benchmark": 3,
-    "configs/grid": 3,
+    "configs/grid": 4,
 }
 
 MACHINE_PATH = re.compile(r"(?<![\w.~}*<-])/(?:home|root|Users|work|opt|tmp|scratch|public)/\w")
