@@ -29,6 +29,8 @@ from pydantic import ConfigDict
 
 from launch.typed_yaml import read_typed
 from pipeline.artifacts import RunFolder, git_commit, hash_json, write_json
+from pipeline.config_loading import load_config
+from pipeline.config_yaml import parse_yaml
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,6 +108,21 @@ def _arguments(grid: Grid, row: str, level: float, seed: int) -> list[str]:
     return [word.replace("{level}", f"{level:g}") for word in words]
 
 
+def check(grid: Grid, cells: list[CellPlan]) -> None:
+    """Reads the config of every cell, so that a fault shows before the first of many runs.
+
+    Raises:
+        UserError: A config is at fault; names its cell.
+    """
+    for cell in cells:
+        told = zip(cell.arguments[::2], cell.arguments[1::2], strict=True)
+        overrides = {word.removeprefix("--"): parse_yaml(value)[0] for word, value in told}
+        try:
+            load_config(ROOT / grid.config, overrides)
+        except UserError as error:
+            raise UserError(f"{cell.row} at {cell.level:g}, seed {cell.seed}: {error}") from error
+
+
 def is_measured(cell: CellPlan) -> bool:
     """Whether the cell's file is there, from the same command."""
     path = cell.result
@@ -178,7 +195,6 @@ def _sparsity(folder: RunFolder) -> float:
     """
     from transformers.utils.logging import disable_progress_bar  # it and torch take seconds
 
-    from pipeline.config_loading import load_config
     from pipeline.models.loading import load_model
     from pipeline.models.prunable import prunable_weights
     from pipeline.stages.inputs import stage_before
@@ -225,6 +241,7 @@ def main(argv: list[str] | None = None) -> int:
         (arguments.output_dir / "cells").mkdir(parents=True, exist_ok=True)
         if arguments.known is not None:
             take_known(cells, arguments.known)
+        check(grid, cells)
         waiting = [cell for cell in cells if not is_measured(cell)]
         collect(grid, cells, arguments.output_dir / "grid.json")
         with ThreadPoolExecutor(arguments.jobs) as pool:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.grid import Grid, collect, is_measured, plan, take_known
+from launch.grid import Grid, check, collect, is_measured, main, plan, take_known
 from launch.typed_yaml import read_typed
 
 ROOT = Path(__file__).parents[2]
@@ -64,10 +64,25 @@ def test_cells_are_collected_in_the_order_of_the_rows(tmp_path):
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "configs/grid").glob("*.yaml")), ids=lambda p: p.stem
 )
-def test_a_shipped_grid_is_whole(path):
+def test_a_shipped_grid_is_whole(path, tmp_path):
     grid = read_typed(path, Grid, "rows")
     assert (ROOT / grid.config).exists()
     assert grid.headline in grid.rows
+    check(grid, plan(grid, tmp_path))
+
+
+def test_a_fault_in_any_cell_shows_before_the_first_run(tmp_path, capsys):
+    rows = "{fine: {}, wrong: {rewards.sparsity_weight: 1.0}}"
+    path = tmp_path / "grid.yaml"
+    path.write_text(
+        "title: t\nconfig: configs/quickstart.yaml\nkeys: {}\nlevels: {0.9: {}}\nseeds: [1]\n"
+        f"headline: fine\nrows: {rows}\n"
+    )
+    assert main(["--config", str(path), "--output_dir", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: wrong at 0.9, seed 1: ")
+    assert "rewards.sparsity_weight: 1.0: " in message
+    assert not (tmp_path / "out" / "runs").exists()
 
 
 def test_known_cells_are_taken_where_the_command_is_the_same(tmp_path):
