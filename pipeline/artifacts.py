@@ -2,7 +2,8 @@
 
 A stage's inputs are the config keys it reads and the hashes of its input files. Same inputs: the
 stage is skipped when done and resumed when not. Changed inputs of a stage that left results are
-refused, or moved to `old/<time>/` with `--resume redo`. Knows nothing of models; imports no torch.
+refused, or moved to `old/<time>/` with `--resume redo`. Nothing is written into a folder whose lock
+another process has taken over. Knows nothing of models; imports no torch.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.lock import check_lock
 
 STAGES = ("prune", "distill", "on_policy", "grpo", "evaluate", "export", "sweep")
 RECORD_FILE = "stage.json"
@@ -37,7 +39,12 @@ PACKAGES = (
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file so that a crash leaves the old one or the new one, never a part."""
+    """Writes a file so that a crash leaves the old one or the new one, never a part.
+
+    Raises:
+        UserError: It is in a run folder that another process has taken over.
+    """
+    check_lock(path)
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -53,11 +60,17 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
-    """Gives a temporary folder that becomes `path` when the block ends without an exception."""
+    """Gives a temporary folder that becomes `path` when the block ends without an exception.
+
+    Raises:
+        UserError: It is in a run folder that another process has taken over, before or meanwhile.
+    """
+    check_lock(path)
     temporary = path.with_name(path.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     yield temporary
+    check_lock(path)
     if path.exists():
         shutil.rmtree(path)
     os.replace(temporary, path)

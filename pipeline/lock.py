@@ -10,8 +10,12 @@ The owner may still be ending, such as a worker that saves after its launcher wa
 next start waits before it refuses. A lock that stays empty so long had an owner that died between
 creating and writing it, and is stale too.
 
-Left out: whether a process of another host lives, also one on a node that Slurm took for dead and
-gave up without reaching it; containers that share a host's name are one host.
+The owner of a lock that was taken over may live all the same, on a node that Slurm gave up without
+reaching it. So a process asks before each save whether the lock still names it (`check_lock`), and
+ends where it does not.
+
+Left out: whether a process of another host lives; a lock taken over while its owner is writing, who
+ends after that file; containers that share a host's name are one host.
 """
 
 import fcntl
@@ -20,6 +24,7 @@ import logging
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,6 +33,9 @@ from pipeline.errors import UserError
 LOCK_FILE = "lock"
 WAIT_SECONDS = 60.0
 POLL_SECONDS = 0.5
+
+_taken: dict[Path, "Owner"] = {}
+"""Folders whose lock this process took, with what it wrote there."""
 
 logger = logging.getLogger(__name__)
 
@@ -97,11 +105,47 @@ def take_lock(folder: Path) -> Owner:
             )
             is_said = True
         time.sleep(POLL_SECONDS)
+    _taken[folder.resolve()] = me
     return me
+
+
+def check_lock(path: Path) -> None:
+    """Makes sure that a run folder is still this process's, before it writes there.
+
+    Args:
+        path: Anywhere; outside the folders whose lock this process took there is nothing to ask.
+
+    Raises:
+        UserError: The lock names another process, or is gone.
+    """
+    for folder, me in _taken.items():
+        if not path.resolve().is_relative_to(folder):
+            continue
+        lock, found = folder / LOCK_FILE, "is gone"
+        with suppress(FileNotFoundError):
+            owner = _parse(lock.read_text())
+            if owner == me:
+                continue
+            found = f"names {_text(owner)}"
+        raise UserError(
+            f"--output_dir: {lock} {found}: another start took this run over; this one ends here "
+            "and saves nothing more; if no run is at work there, the same command goes on from the "
+            "last checkpoint"
+        )
+
+
+def is_taken_over(path: Path) -> bool:
+    """Whether `check_lock` would end this process."""
+    try:
+        check_lock(path)
+    except (UserError, OSError):
+        return True
+    return False
 
 
 def release_lock(folder: Path, me: Owner) -> None:
     """Gives the lock back, unless it is another's by now."""
+    _taken.pop(folder.resolve(), None)
     path = folder / LOCK_FILE
     if _read(path) == me:
         path.unlink(missing_ok=True)
@@ -127,8 +171,15 @@ def _create(path: Path, me: Owner) -> bool:
 def _read(path: Path) -> Owner | None:
     """The owner of a lock; None where it is gone, or not written yet."""
     try:
-        return Owner(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+        return _parse(path.read_text())
+    except OSError:
+        return None
+
+
+def _parse(text: str) -> Owner | None:
+    try:
+        return Owner(**json.loads(text))
+    except (ValueError, TypeError):
         return None
 
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import UserError
+from pipeline.lock import check_lock
 
 PROGRESS_DELAY_SECONDS = 2.0
 ATTEMPTS = 4
@@ -211,8 +212,12 @@ def save_rollouts(path: str | Path, rollouts: Sequence[Rollout], provenance: dic
         rollouts: What to write.
         provenance: What they depend on (model, seed, temperature, ...), as JSON values. The caller
             compares it with its own before it uses the file again.
+
+    Raises:
+        UserError: It is in a run folder that another process has taken over.
     """
     path = Path(path)
+    check_lock(path)
     header = {"provenance": provenance, "num_rollouts": len(rollouts)}
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     with open(unfinished, "w", encoding="utf-8") as file:

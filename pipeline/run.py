@@ -30,7 +30,7 @@ from pipeline.artifacts import (
 from pipeline.config import Config
 from pipeline.config_loading import to_yaml
 from pipeline.errors import UserError
-from pipeline.lock import release_lock, take_lock
+from pipeline.lock import is_taken_over, release_lock, take_lock
 from pipeline.models.paths import resolve_model
 from pipeline.ranks import is_main, join_ranks, on_main, stop_together, world_size
 from pipeline.rules.batches import prompt_fault
@@ -103,7 +103,8 @@ def run(config: Config, *, output_dir: Path, resume: str = "auto") -> None:
         raise
     finally:
         if is_main():
-            _leave_status(folder, status)
+            if not is_taken_over(folder.root):
+                _leave_status(folder, status)
             release_lock(folder.root, owner)
 
 
@@ -126,7 +127,7 @@ def _run_and_tell(
         error = found
         raise
     finally:
-        if is_main():
+        if is_main() and not is_taken_over(folder.root):
             write_interim(config, folder, inputs, error)
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from pipeline.artifacts import MASK_FILE, RunFolder, write_json
 from pipeline.config import Config
 from pipeline.evaluation.report import Measurements
+from pipeline.lock import check_lock
 from pipeline.models.narrow import narrow_llama
 from pipeline.models.prunable import measured_sparsity, prunable_weights
 from pipeline.pruning.batches import CalibrationBatch
@@ -53,6 +54,7 @@ def run(config: Config, folder: RunFolder, inputs: TaskInputs, out: Path) -> Non
     """Prunes once at the final target, measures that, and saves the start of training."""
     student, masks, sparsity, seconds, measurements, batches = one_shot(config, folder, inputs)
     pruned = out / "one_shot"
+    check_lock(pruned)
     pruned.mkdir(parents=True, exist_ok=True)
     save_masks(pruned / MASK_FILE, masks)
     if config.prune.method == "sdmprune":

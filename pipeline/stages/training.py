@@ -7,6 +7,7 @@ import json
 import logging
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import Trainer
 from pipeline.artifacts import MASK_FILE, RunFolder, write_json
 from pipeline.config import END_FRACTION, TRAINING_STAGES, Config
 from pipeline.errors import UserError
+from pipeline.lock import check_lock
 from pipeline.models.lora import LoraConfig, lora_config, lora_layers, merged_state_dict
 from pipeline.ranks import is_main, on_main, wait_for_all
 from pipeline.sparsity.masks import save_masks
@@ -238,6 +240,7 @@ def _leave_student(
     trainer: Trainer, sparsity: Sparsity, heldout: HeldoutCallback | None, out: Path
 ) -> dict[str, Any] | None:
     """Writes what the stage leaves. Returns `step` and `accuracy` of the best student, if any."""
+    on_main(partial(check_lock, out))
     best = None if heldout is None else on_main(lambda: read_best(out))
     if best is None:
         save_student(trainer, out)

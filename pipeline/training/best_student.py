@@ -10,10 +10,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from pipeline.artifacts import replaced_folder, write_json
-from pipeline.ranks import is_main, wait_for_all
+from pipeline.lock import check_lock
+from pipeline.ranks import is_main, on_main, wait_for_all
 
 FOLDER = "best"
 RECORD_FILE = "best.json"
@@ -27,7 +29,11 @@ def write_best(stage: Path, save: Callable[[Path], None], step: int, accuracy: f
         save: Writes the student of now into a folder that exists; every rank calls it.
         step: Optimizer steps of the stage so far.
         accuracy: Measured now, in [0, 1].
+
+    Raises:
+        UserError: Another process has taken the run over.
     """
+    on_main(partial(check_lock, stage))
     temporary = stage / f"{FOLDER}.tmp"
     if is_main():
         shutil.rmtree(temporary, ignore_errors=True)
@@ -35,8 +41,8 @@ def write_best(stage: Path, save: Callable[[Path], None], step: int, accuracy: f
     wait_for_all()
     save(temporary)
     wait_for_all()
+    on_main(partial(write_json, temporary / RECORD_FILE, {"step": step, "accuracy": accuracy}))
     if is_main():
-        write_json(temporary / RECORD_FILE, {"step": step, "accuracy": accuracy})
         shutil.rmtree(stage / FOLDER, ignore_errors=True)
         os.replace(temporary, stage / FOLDER)
     wait_for_all()

@@ -17,6 +17,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from safetensors import SafetensorError
 
 from pipeline.artifacts import MASK_FILE, write_json
 from pipeline.errors import UserError
+from pipeline.lock import check_lock
 from pipeline.ranks import is_main, on_main, wait_for_all
 from pipeline.sparsity.masks import load_masks
 from pipeline.sparsity.shards import ShardedWeights
@@ -51,8 +53,10 @@ def new_checkpoint(stage: Path, step: int, limit: int | None) -> Iterator[Path]:
         limit: Checkpoints kept, this one included; None keeps all.
 
     Raises:
-        UserError: The disk is full. Nothing but the new checkpoint is lost.
+        UserError: The disk is full, nothing but the new checkpoint is lost; or another process has
+            taken the run over, whose files are left alone.
     """
+    on_main(partial(check_lock, stage))
     folder = stage / TEMPORARY / f"{PREFIX}{step}"
     try:
         if is_main():

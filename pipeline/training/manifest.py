@@ -23,6 +23,9 @@ def write_manifest(folder: Path) -> None:
     """Flushes every file of a folder to the disk and lists it.
 
     Each machine flushes all files, because it alone has what its own ranks wrote.
+
+    Raises:
+        UserError: On every rank, where another process has taken the run over.
     """
     names = on_main(lambda: _file_names(folder))
     if is_local_main():
@@ -31,9 +34,13 @@ def write_manifest(folder: Path) -> None:
     gather_from_all(None)
     sizes = {name: (folder / name).stat().st_size for name in names if is_main()}
     digests = _digests(folder, names)
+    on_main(
+        lambda: write_json(
+            folder / MANIFEST_FILE,
+            {"files": {name: {"bytes": sizes[name], "sha256": digests[name]} for name in names}},
+        )
+    )
     if is_main():
-        entries = {name: {"bytes": sizes[name], "sha256": digests[name]} for name in names}
-        write_json(folder / MANIFEST_FILE, {"files": entries})
         for path in [folder, *folder.rglob("*")]:
             if path.is_dir():
                 flush(path)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pipeline.training.manifest import MANIFEST_FILE
-from tests.distributed.checkpoint_jobs import agree, newest, save
+from tests.distributed.checkpoint_jobs import agree, newest, save, save_without_the_lock
 from tests.distributed.workers import run_on_ranks
 
 pytestmark = pytest.mark.distributed
@@ -21,6 +21,14 @@ def test_the_manifest_covers_what_all_ranks_wrote_and_all_choose_alike(tmp_path)
     assert run_on_ranks(2, newest, str(tmp_path)) == ["checkpoint-2"] * 2
     (tmp_path / "checkpoint-2" / "rank-0").unlink()
     assert run_on_ranks(2, newest, str(tmp_path)) == [None] * 2
+
+
+def test_no_rank_saves_once_another_process_is_at_work_in_the_folder(tmp_path):
+    (tmp_path / "grpo").mkdir()
+    told, told_too = run_on_ranks(2, save_without_the_lock, str(tmp_path))
+    assert told == told_too
+    assert [f"{tmp_path}/lock is gone" in message for message in told] == [True] * 4
+    assert sorted(path.name for path in tmp_path.glob("grpo/*")) == ["_saving", "best.tmp"]
 
 
 def test_a_flag_of_any_rank_is_seen_by_all():

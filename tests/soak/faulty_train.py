@@ -6,13 +6,15 @@ FAULT is STAGE:STEP:PHASE:WHOM:SIGNAL. STEP is 0 outside training. PHASE is `beg
 stage, `step`, when an optimizer step is over, or how far the checkpoint of that step has come:
 `weights`, `optimizer`, `sparsity`, `manifest`, `rename`, `rotate`. WHOM is `rank0`, `rank1`, the
 `launcher` alone, or the `group` of launcher and ranks. SIGNAL is KILL, TERM, USR1 or INT; FULL
-fills the disk instead, for as long as `filler` lies beside the run folder.
+fills the disk instead, for as long as `filler` lies beside the run folder; WAIT waits until
+`go_on` lies there.
 """
 
 import contextlib
 import os
 import signal
 import sys
+import time
 from functools import wraps
 from pathlib import Path
 
@@ -41,8 +43,13 @@ def set_trap(stage: str, step: str, phase: str, whom: str, name: str) -> None:
         if not whom.startswith("rank") and os.environ.get("RANK", "0") != "0":
             return
         print(f"fault: {os.environ['FAULT']}", file=sys.stderr, flush=True)
+        beside = Path(sys.argv[sys.argv.index("--output_dir") + 1]).parent
         if name == "FULL":
-            fill(Path(sys.argv[sys.argv.index("--output_dir") + 1]).parent / "filler")
+            fill(beside / "filler")
+            return
+        if name == "WAIT":
+            while not (beside / "go_on").exists():
+                time.sleep(0.1)
             return
         for pid in whom_to_hit(whom):
             os.kill(pid, getattr(signal, f"SIG{name}"))

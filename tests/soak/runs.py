@@ -85,25 +85,27 @@ def launch(out: Path, fault: str | None = None, ranks: int = 1) -> int:
     return process.wait(timeout=SECONDS)
 
 
-def fork(out: Path, fault: str | None = None, ranks: int = 1) -> int:
-    """The same without a launcher, on one rank."""
+def fork(out: Path, fault: str | None = None, ranks: int = 1, **variables: str) -> int:
+    """The same without a launcher, on one rank, with more variables in its environment."""
     assert ranks == 1
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pipeline.run", "trl.trainer.grpo_trainer"])
-    process = context.Process(target=_run, args=(arguments(out, 1), fault, str(log_of(out))))
+    process = context.Process(
+        target=_run, args=(arguments(out, 1), fault, str(log_of(out)), variables)
+    )
     process.start()
     process.join(SECONDS)
     assert process.exitcode is not None, f"still running after {SECONDS} s: {out}"
     return process.exitcode
 
 
-def _run(argv: list[str], fault: str | None, log: str) -> None:
+def _run(argv: list[str], fault: str | None, log: str, variables: dict[str, str]) -> None:
     with open(log, "ab") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
     os.chdir(ROOT)
-    os.environ |= ENVIRONMENT
+    os.environ |= ENVIRONMENT | variables
     sys.argv[1:] = argv
     torch.set_num_threads(1)
     if fault is None:

@@ -4,6 +4,8 @@ import pytest
 
 from pipeline.artifacts import RunFolder, changed_inputs, hash_json, replaced_folder, write_json
 from pipeline.errors import UserError
+from pipeline.lock import LOCK_FILE, release_lock, take_lock
+from pipeline.rollouts import save_rollouts
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -21,6 +23,28 @@ def test_a_failed_folder_leaves_the_old_folder(tmp_path):
     with pytest.raises(ZeroDivisionError), replaced_folder(target) as folder:
         (folder / "weights").write_text(f"new {1 / 0}")
     assert (target / "weights").read_text() == "old"
+
+
+def test_nothing_is_written_where_another_process_is_at_work_by_now(tmp_path):
+    folder = RunFolder.open(tmp_path / "run")
+    owner = take_lock(folder.root)
+    folder.write_record("prune", {"done": False})
+
+    def lose_the_lock_meanwhile():
+        with replaced_folder(folder.root / "model"):
+            (folder.root / LOCK_FILE).unlink()
+
+    for write in (
+        lose_the_lock_meanwhile,
+        lambda: replaced_folder(folder.root / "one_shot").__enter__(),
+        lambda: folder.write_record("prune", {"done": True}),
+        lambda: save_rollouts(folder.root / "rollouts.jsonl", [], {}),
+    ):
+        with pytest.raises(UserError, match="took this run over"):
+            write()
+    assert sorted(path.name for path in folder.root.iterdir()) == ["model.tmp", "prune"]
+    assert not folder.is_done("prune")
+    release_lock(folder.root, owner)
 
 
 def test_records_and_moves(tmp_path):

@@ -27,11 +27,11 @@ LEVELS = (  # imports run downwards only; rooms on one level do not know each ot
         "pipeline.sparsity",
         "pipeline.data",
         "pipeline.artifacts",
-        "pipeline.lock",
         "pipeline.config",
         "pipeline.ranks",
         "rewards",
     ),
+    ("pipeline.lock",),
     ("pipeline.errors", "pipeline.stopping"),
 )
 SAME_ROOM = {  # files of pipeline/ that belong to the room of config.py

@@ -12,7 +12,14 @@ import pytest
 
 from pipeline import lock
 from pipeline.errors import UserError
-from pipeline.lock import LOCK_FILE, Owner, release_lock, take_lock
+from pipeline.lock import (
+    LOCK_FILE,
+    Owner,
+    check_lock,
+    is_taken_over,
+    release_lock,
+    take_lock,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 def impatient(monkeypatch):
     monkeypatch.setattr(lock, "WAIT_SECONDS", 0.2)
     monkeypatch.setattr(lock, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(lock, "_taken", {})
     for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
 
@@ -127,6 +135,37 @@ def test_a_lock_that_changed_hands_is_left(tmp_path):
     theirs = hold(tmp_path, host="elsewhere")
     release_lock(tmp_path, mine)
     assert lock._read(tmp_path / LOCK_FILE) == theirs
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"host": "elsewhere"}, "lock names process .* on elsewhere since"),
+        ({"process": 1}, "lock names process 1 on"),
+        ({"started": "1"}, "lock names process"),
+        (None, "lock is gone"),
+        ("", "lock names a process that has not said its name"),
+    ],
+)
+def test_whose_lock_was_taken_over_may_not_write_there(tmp_path, change, said):
+    run, other = tmp_path / "run", tmp_path / "other"
+    run.mkdir(), other.mkdir()
+    mine = take_lock(run)
+    check_lock(run / "grpo" / "checkpoint-1")
+    if isinstance(change, dict):
+        hold(run, **change)
+    elif change is None:
+        (run / LOCK_FILE).unlink()
+    else:
+        (run / LOCK_FILE).write_text(change)
+    left = {path: path.read_bytes() for path in run.iterdir()}
+    with pytest.raises(UserError, match=f"--output_dir: {run}/{said}.*took this run over"):
+        check_lock(run / "grpo" / "checkpoint-1")
+    assert is_taken_over(run)
+    check_lock(other / "file")
+    release_lock(run, mine)
+    assert {path: path.read_bytes() for path in run.iterdir()} == left
+    check_lock(run / "file")
 
 
 def test_who_comes_late_to_a_stale_lock_leaves_the_new_one(tmp_path):
