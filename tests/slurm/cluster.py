@@ -106,22 +106,30 @@ class Cluster:
 
     def kill_node(self, name: str) -> None:
         """Ends a node's daemon and all that runs under it at once, as a power cut does."""
+        self.kill_daemon(name)
+        for process in self.processes(name):
+            with suppress(psutil.Error):
+                keeper = process.parent()
+                if keeper is not None and keeper.name().startswith("slurmstepd"):
+                    keeper.kill()
+                process.kill()
+
+    def kill_daemon(self, name: str) -> None:
+        """Ends a node's daemon alone: Slurm gives the node up, and what runs there goes on."""
         daemon = self._daemons.pop(name)
         daemon.kill()
         daemon.wait()
+
+    def processes(self, node: str) -> list[psutil.Process]:
+        """Those of job steps of this cluster on a node."""
+        found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
-                if self._runs_on(process, name):
-                    keeper = process.parent()
-                    if keeper is not None and keeper.name().startswith("slurmstepd"):
-                        keeper.kill()
-                    process.kill()
-
-    def _runs_on(self, process: psutil.Process, node: str) -> bool:
-        """Whether a process belongs to a job step of this cluster on a node."""
-        variables = process.environ()
-        is_ours = variables.get("SLURM_CONF") == self.environment["SLURM_CONF"]
-        return is_ours and variables.get("SLURMD_NODENAME") == node
+                variables = process.environ()
+                is_ours = variables.get("SLURM_CONF") == self.environment["SLURM_CONF"]
+                if is_ours and variables.get("SLURMD_NODENAME") == node:
+                    found.append(process)
+        return found
 
     def node_states(self) -> dict[str, str]:
         """Name to state, such as idle, alloc, down*."""

@@ -5,6 +5,9 @@ ends as it is told; whole runs are in `test_runs.py`.
 """
 
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
 from itertools import pairwise
@@ -21,13 +24,14 @@ ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = f"""#!{sys.executable}
 import json, os, pathlib, signal, sys, time
 kept = ("SLURMD_NODENAME", "SLURM_RESTART_COUNT", "TRITON_CACHE_DIR")
-call = {{"arguments": sys.argv[1:]}} | {{name: os.environ.get(name) for name in kept}}
+call = {{"arguments": sys.argv[1:], "process": os.getpid()}}
+call |= {{name: os.environ.get(name) for name in kept}}
 written = pathlib.Path("calls", str(os.getpid()))
 written.write_text(json.dumps(call))
 written.rename(written.with_suffix(".json"))
 while "vllm-serve" in sys.argv:
     time.sleep(0.05)
-status = "0" if os.environ.get("SLURM_RESTART_COUNT") else os.environ["ENDS"]
+status = os.environ["ENDS_AGAIN" if os.environ.get("SLURM_RESTART_COUNT") else "ENDS"]
 asked = []
 for number in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(number, lambda number, frame: asked.append(number))
@@ -61,7 +65,7 @@ class Project:
             "launch/slurm/train.sbatch",
             *arguments,
             folder=self.folder,
-            variables={"ENDS": "0"} | variables,
+            variables={"ENDS": "0", "ENDS_AGAIN": "0"} | variables,
         )
 
     def calls(self):
@@ -129,6 +133,36 @@ def test_a_crash_without_a_dead_node_is_not_started_again(project):
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "1:0", "0")
 
 
+def test_a_crash_beside_a_server_is_not_started_again(project):
+    job = project.submit("--nodes=2", "--gpus-per-node=8", VLLM_MODEL="a model", ENDS="1")
+    ended = project.slurm.wait_for_end(job, 60)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "1:0", "0")
+
+
+def test_a_start_that_slurm_gave_up_leaves_the_next_one_alone(project):
+    slurm = project.slurm
+    job = project.submit(ENDS="75", ENDS_AGAIN="75")
+    slurm.wait(lambda: len(project.calls()) == 1, "it runs")
+    (first,) = project.calls()
+    node = first["SLURMD_NODENAME"]
+    sruns = [process for process in slurm.processes(node) if process.name() == "srun"]
+    for process in sruns:  # as if the network were down
+        process.suspend()
+    slurm.kill_daemon(node)
+    slurm.wait(lambda: len(project.calls()) == 2, "it runs again on the other node", 90)
+    os.kill(first["process"], signal.SIGTERM)
+    slurm.wait((project.folder / "a run" / "exit_status").exists, "the first launcher has ended")
+    for process in sruns:
+        process.kill()
+    slurm.wait(lambda: not slurm.processes(node), "the first start has ended", 90)
+    time.sleep(1)
+    again = slurm.job(job)
+    assert (again["JobState"], again["Restarts"]) == ("RUNNING", "1")
+    slurm.run("scancel", job)
+    slurm.start_node(node)
+    slurm.wait(lambda: set(slurm.node_states().values()) == {"idle"}, "all nodes are idle")
+
+
 def test_an_old_exit_status_does_not_count(project):
     (project.folder / "a run").mkdir()
     (project.folder / "a run" / "exit_status").write_text("75\n")
@@ -163,6 +197,23 @@ def test_the_last_node_serves_with_vllm(project):
     assert trainer["--grpo.vllm_server_port"] == server["--port"]
     ports = {trainer[f"--{name}"] for name in ("main_process_port", "grpo.vllm_group_port")}
     assert len(ports) == 2
+
+
+def test_a_server_without_a_node_of_its_own(project):
+    ended = project.slurm.wait_for_end(project.submit(VLLM_MODEL="a model"), 60)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
+    said = (project.folder / f"slurm-{ended['JobId']}.out").read_text()
+    assert said.startswith("error: VLLM_MODEL: ")
+
+
+def test_started_without_sbatch(project):
+    script = ["bash", "launch/slurm/train.sbatch", "--output_dir", "a run"]
+    environment = {key: v for key, v in os.environ.items() if not key.startswith("SLURM")}
+    done = subprocess.run(
+        script, cwd=project.folder, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "submit it with sbatch" in done.stderr
 
 
 def test_submitted_from_elsewhere(tmp_path, slurm):
