@@ -83,28 +83,28 @@ def take_lock(folder: Path) -> Owner:
         What `release_lock` wants back.
 
     Raises:
-        UserError: Another process has the lock and kept it for `WAIT_SECONDS`.
+        UserError: Another process has the lock and kept it for `WAIT_SECONDS`, or it has ended and
+            its lock cannot be removed, such as one of another user.
     """
     path, me = folder / LOCK_FILE, Owner.me()
     deadline, is_said = time.monotonic() + WAIT_SECONDS, False
     while not _create(path, me):
-        owner = _read(path)
-        is_over = time.monotonic() >= deadline
-        if (owner and owner.is_gone(me)) or (owner is None and is_over):
-            if _remove_stale(path, owner):
-                logger.warning("%s: its owner is gone (%s), taken over", path, _text(owner))
-            continue
-        if is_over:
+        owner, is_over = _read(path), time.monotonic() >= deadline
+        is_stale = is_over if owner is None else owner.is_gone(me)
+        if is_stale and _remove_stale(path, owner):
+            logger.warning("%s: its owner is gone (%s), taken over", path, _text(owner))
+        elif is_over:
             raise UserError(
                 f"--output_dir: {str(folder)!r} is in use by {_text(owner)}; wait until it ends, "
                 f"or set another --output_dir; if nothing runs there, delete {path}"
             )
-        if owner and not is_said:
-            logger.warning(
-                "%s: held by %s; waiting %.0f s for it to end", path, _text(owner), WAIT_SECONDS
-            )
-            is_said = True
-        time.sleep(POLL_SECONDS)
+        elif not is_stale:
+            if owner and not is_said:
+                logger.warning(
+                    "%s: held by %s; waiting %.0f s for it to end", path, _text(owner), WAIT_SECONDS
+                )
+                is_said = True
+            time.sleep(POLL_SECONDS)
     _taken[folder.resolve()] = me
     return me
 

@@ -130,6 +130,12 @@ def test_a_lock_that_was_never_written_is_taken_over(tmp_path, content):
     assert take_lock(tmp_path).process == os.getpid()
 
 
+def test_a_lock_that_cannot_be_removed_is_refused(tmp_path):
+    (tmp_path / LOCK_FILE).mkdir()  # no user can open this one; root could, one of another user
+    with pytest.raises(UserError, match=f"if nothing runs there, delete {tmp_path}/lock"):
+        take_lock(tmp_path)
+
+
 def test_a_lock_that_changed_hands_is_left(tmp_path):
     mine = take_lock(tmp_path)
     theirs = hold(tmp_path, host="elsewhere")
