@@ -3,7 +3,8 @@
     python launch/compare.py runs/quickstart runs/quickstart_95 [--html compare.html]
 
 Runs that are unfinished or failed are shown with what they have. The difference between two
-students has an interval, paired over the prompts where both answered the same ones.
+students has an interval, paired over the prompts where both answered the same ones. The page shows
+what training logged too, the runs' curves over each other.
 """
 
 import argparse
@@ -21,6 +22,8 @@ from pipeline.config_yaml import YamlError, parse_yaml
 from pipeline.errors import UserError
 from pipeline.evaluation.page import render_page
 from pipeline.evaluation.run_comparison import Run, render_comparison, text_comparison
+from pipeline.evaluation.run_curves import plot_runs
+from pipeline.stages.training_logs import training_logs
 
 BAD_INPUT = 2
 
@@ -43,6 +46,7 @@ def read_run(root: Path, name: str) -> Run:
             report=report if records.get("evaluate", {}).get("done") else {},
             stages={stage: record["done"] for stage, record in records.items()},
             correct=(measured.get("student", {}).get("accuracy") or {}).get("correct"),
+            logs=training_logs(folder),
         )
     except (OSError, ValueError, YamlError, AttributeError, KeyError) as error:
         raise UserError(
@@ -74,7 +78,9 @@ def main(argv: list[str] | None = None) -> int:
         runs = [read_run(root, name) for root, name in zip(arguments.runs, names, strict=True)]
         print(text_comparison(runs))
         if arguments.html is not None:
-            write_text(arguments.html, render_page(render_comparison(runs), {}))
+            pictures = plot_runs({run.name: run.logs for run in runs})
+            page = render_page(render_comparison(runs, pictures), pictures)
+            write_text(arguments.html, page)
             print(f"\n{arguments.html}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -6,6 +6,7 @@ is 1000 pixels wide and has its title in it; the SVGs leave the title to the pag
 """
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
@@ -14,6 +15,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
@@ -32,7 +34,7 @@ DARK_PAGE = {
 }
 """A colour on a light page to the one that takes its place on a dark one."""
 WIDTH_INCHES, NARROW_INCHES, DOTS_PER_INCH = 8.0, 3.75, 125
-LEGEND_LINE_INCHES = 0.2
+LEGEND_CHARACTERS, LEGEND_LINE_INCHES = 30, 0.2
 NARROW_TICKS = 4
 TITLE_CHARACTERS, NARROW_LABEL_CHARACTERS = 84, 40
 
@@ -82,7 +84,8 @@ def finish(figure: Figure, title: str) -> Picture:
     figure.set_layout_engine("constrained", w_pad=0.04, h_pad=0.04)
     for legend in figure.legends:
         legend.set_loc("outside lower center")
-        height += LEGEND_LINE_INCHES * len(legend.get_texts())
+        names = "\n".join(text.get_text() for text in legend.get_texts())
+        height += LEGEND_LINE_INCHES * len(names.splitlines())
     figure.set_size_inches(NARROW_INCHES, height)
     for axes in figure.axes:
         label = fill(axes.get_xlabel(), NARROW_LABEL_CHARACTERS)
@@ -114,6 +117,23 @@ def write_picture(picture: Picture, path: Path) -> None:
     """Writes the PNG, making its folder where needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(picture.png)
+
+
+def add_legend(figure: Figure, entries: Sequence[tuple[Line2D, str]], **where) -> None:
+    """A legend outside the axes, which `finish` puts below them on a telephone.
+
+    Args:
+        figure: From `new_figure`.
+        entries: Lines and their names, as `plain_text` gives them.
+        where: `loc`, `ncols`.
+    """
+    handles, labels = zip(*entries, strict=True)
+    figure.legend(handles, labels, frameon=False, fontsize=9, handlelength=3.5, **where)
+
+
+def plain_text(name: str) -> str:
+    """A user's name for something on a few lines, its signs no mathematics."""
+    return fill(name, LEGEND_CHARACTERS).replace("$", r"\$")
 
 
 def plain_numbers(axis: Axis) -> None:

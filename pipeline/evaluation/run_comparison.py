@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from pipeline.evaluation.figures import Picture
 from pipeline.evaluation.formats import duration, number, percent
 from pipeline.evaluation.intervals import paired_difference_interval
-from pipeline.evaluation.markdown import escape, table
+from pipeline.evaluation.markdown import escape, picture_link, table
 from pipeline.evaluation.summary import MODELS, NOT_FINITE, NOT_MEASURED, Report, text_table
+from pipeline.evaluation.training_curves import Log
 
 Rows = list[list[str]]
 
@@ -39,6 +41,8 @@ class Run:
     """Stage to whether it is done."""
     correct: Sequence[bool] | None
     """Which held-out prompts the student answered right."""
+    logs: Mapping[str, Log]
+    """Training stage to its log history, as far as it came."""
 
 
 def result_rows(runs: Sequence[Run]) -> Rows:
@@ -129,8 +133,13 @@ def _value(run: Run, key: str) -> str:
     return str(run.config[key]) if key in run.config else UNSET
 
 
-def render_comparison(runs: Sequence[Run]) -> str:
-    """The page in Markdown."""
+def render_comparison(runs: Sequence[Run], pictures: Mapping[str, Picture]) -> str:
+    """The page in Markdown.
+
+    Args:
+        runs: Two or more.
+        pictures: Path to picture, from `run_curves.plot_runs`.
+    """
     keys = [[f"`{key}`", *map(escape, values)] for key, values in differing_keys(runs).items()]
     header = ["key", *(escape(run.name) for run in runs)]
     return (
@@ -141,12 +150,25 @@ def render_comparison(runs: Sequence[Run]) -> str:
                 "## What came out",
                 table([[escape(cell) for cell in row] for row in result_rows(runs)]),
                 "Brackets: 95 % intervals; of a difference, paired over the prompts.",
+                *_curves(pictures),
                 "## Config keys that differ",
                 table([header, *keys]) if keys else "None.",
             ]
         )
         + "\n"
     )
+
+
+def _curves(pictures: Mapping[str, Picture]) -> list[str]:
+    """The section of pictures, where training has logged anything."""
+    if not pictures:
+        return []
+    return [
+        "## Training",
+        "Pale lines are what was logged, strong ones a running mean. The steps of each stage count "
+        "from its beginning, and a stage is as wide as its longest run.",
+        *(picture_link(path, picture) for path, picture in pictures.items()),
+    ]
 
 
 def text_comparison(runs: Sequence[Run]) -> str:

@@ -9,20 +9,17 @@ the others' and cuts the controls.
 
 import math
 from dataclasses import dataclass
-from textwrap import fill
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
-from pipeline.evaluation.figures import GREY, new_figure, percent_axis
+from pipeline.evaluation.figures import GREY, add_legend, new_figure, percent_axis, plain_text
 from pipeline.evaluation.formats import percent
 from pipeline.evaluation.sweep_cell_text import level_text, mean_text
 from pipeline.evaluation.sweep_grid import Measure, SweepGrid
 from pipeline.evaluation.sweep_styles import CONTROLS, row_styles
 
-LEGEND_CHARACTERS = 30
 HOLLOW = "hollow: worse than a unigram model"
 CUT = "controls beyond the frame"
 MAX_SQUEEZE = 1.4
@@ -103,9 +100,9 @@ def draw_levels(
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     ordered = _top_down(points)
-    _add_legend(
+    add_legend(
         figure,
-        [*((lines[row], _plain(row)) for row in ordered), *references],
+        [*((lines[row], plain_text(row)) for row in ordered), *references],
         loc="outside right center",
     )
     return figure
@@ -142,12 +139,12 @@ def draw_one_level(
         for value, name, dashes in _references(grid, measure)
     ]
     _scale(axes, "x", grid, measure, points, may_cut=False)
-    axes.set_yticks(range(len(points)), [_plain(row) for row in points])
+    axes.set_yticks(range(len(points)), [plain_text(row) for row in points])
     axes.set_ylim(len(points) - 0.4, -0.6)
     axes.set_xlabel(f"{label}, at {percent(levels[0])} sparsity{_remarks(points, False)}")
     axes.grid(axis="y", alpha=0.3)
     if references:
-        _add_legend(figure, references, loc="outside lower right", ncols=2)
+        add_legend(figure, references, loc="outside lower right", ncols=2)
     return figure
 
 
@@ -221,13 +218,3 @@ def _top_down(points: Points) -> list[str]:
     means = {row: {p.index: p.mean for p in found}.get(last) for row, found in points.items()}
     here = sorted((r for r in points if means[r] is not None), key=means.get, reverse=True)
     return here + [row for row in points if means[row] is None]
-
-
-def _add_legend(figure: Figure, entries: list[tuple[Line2D, str]], **where) -> None:
-    handles, labels = zip(*entries, strict=True)
-    figure.legend(handles, labels, frameon=False, fontsize=9, handlelength=3.5, **where)
-
-
-def _plain(name: str) -> str:
-    """A row's name on a few lines, its signs no mathematics."""
-    return fill(name, LEGEND_CHARACTERS).replace("$", r"\$")

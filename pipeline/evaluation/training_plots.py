@@ -5,9 +5,7 @@ the same reward, from which GRPO learns nothing. Only panels with data are drawn
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 
-import numpy as np
 from matplotlib.axes import Axes
 
 from pipeline.evaluation.figures import (
@@ -20,58 +18,35 @@ from pipeline.evaluation.figures import (
     Picture,
     finish,
     new_figure,
-    percent_axis,
-    plain_numbers,
 )
 from pipeline.evaluation.formats import number, percent
+from pipeline.evaluation.training_curves import (
+    AS_MEASURED,
+    PANELS,
+    Curve,
+    Log,
+    is_same,
+    logged_curve,
+    mark_stages,
+    name_stages,
+    quantity_curves,
+    scale_values,
+    share_width,
+    stage_borders,
+)
 
-PANELS = {
-    "loss": ("distillation loss\n(nats per token)", {"distill": "loss", "on_policy": "loss"}),
-    "KL to the teacher": (
-        "KL to the teacher\n(nats per token)",
-        {"distill": "kl", "grpo": "teacher_kl"},
-    ),
-    "reward": ("mean reward\nper completion", {"grpo": "reward"}),
-    "dead groups": ("dead groups", {"grpo": "frac_reward_zero_std"}),
-    "length": (
-        "completion length\n(tokens)",
-        {"on_policy": "completions/mean_length", "grpo": "completions/mean_length"},
-    ),
-    "accuracy": (
-        "accuracy on\nprobe prompts",
-        dict.fromkeys(("distill", "on_policy", "grpo"), "heldout_accuracy"),
-    ),
-    "sparsity": (
-        "zeros among\nprunable weights",
-        dict.fromkeys(("distill", "on_policy", "grpo"), "sparsity"),
-    ),
-}
-"""Quantity to axis label and the key it has in the log of each stage; top to bottom."""
-
-FRACTIONS = ("dead groups", "accuracy", "sparsity")
 TERM_COLOURS = (GREEN, PURPLE, AMBER, GREY)
-MIN_STAGE_WIDTH = 0.3
-"""Of the picture, before the shares are made to add up to 1."""
-MAX_RATIO = 30
-"""Of the largest value to the smallest, beyond which an axis is logarithmic."""
-
-Log = Sequence[Mapping[str, float]]
-Curve = tuple[list[float], list[float]]
 
 
 def plot_training(logs: Mapping[str, Log]) -> Picture:
     """What was logged over optimizer steps, counted across the stages.
 
     Args:
-        logs: Stage (`distill`, `on_policy`, `grpo`) to its log history in order: mappings with
-            `step` and any keys of `PANELS`. At least one value in all.
+        logs: Stage (`distill`, `on_policy`, `grpo`) to its log history. At least one value in all.
     """
-    starts, end = {}, 0
-    for stage, log in logs.items():
-        starts[stage] = end
-        end += max((entry["step"] for entry in log), default=0)
-    curves = {name: _curves(logs, name, starts) for name in PANELS}
-    if _is_same(curves["loss"], curves["KL to the teacher"]):
+    starts, end = stage_borders([logs])
+    curves = {name: quantity_curves(logs, name, starts) for name in PANELS}
+    if is_same(curves["loss"], curves["KL to the teacher"]):
         curves["loss"] = []
     curves = {name: found for name, found in curves.items() if found}
     title = _title(curves)
@@ -80,77 +55,24 @@ def plot_training(logs: Mapping[str, Log]) -> Picture:
         _draw(axes, name, found)
         if name == "reward":
             _draw_terms(axes, logs["grpo"], starts["grpo"])
-        for start in list(starts.values())[1:]:
-            axes.axvline(start, color=GREY, linestyle="--", linewidth=1)
-        axes.set(ylabel=PANELS[name][0], xlim=(0, end))
-        axes.grid(alpha=0.3)
-    _share_width(all_axes[0], [*starts.values(), end])
-    for stage, start in starts.items():
-        all_axes[0].annotate(
-            stage,
-            (start, 1),
-            (4, 2),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-        )
+        mark_stages(axes, starts, end)
+    share_width(all_axes[0], [*starts.values(), end])
+    name_stages(all_axes[0], starts)
     figure.align_ylabels()
     all_axes[-1].set_xlabel("optimizer step, counted across stages")
     return finish(figure, title)
 
 
-def _share_width(axes: Axes, borders: Sequence[float]) -> None:
-    """Gives a short stage a part of the width in which it can be seen.
-
-    Args:
-        axes: Of a figure whose panels share the horizontal axis.
-        borders: Steps at which stages begin, and the last one.
-    """
-    widths = np.diff(borders)
-    shares = np.maximum(widths / max(1, borders[-1]), MIN_STAGE_WIDTH)
-    places = np.concatenate([[0], np.cumsum(shares / shares.sum())])
-    forward = partial(np.interp, xp=borders, fp=places)
-    back = partial(np.interp, xp=places, fp=borders)
-    axes.set_xscale("function", functions=(forward, back))
-    middles = np.add(borders[:-1], widths / 2)
-    axes.set_xticks(sorted([*borders, *middles]))
-
-
-def _curves(logs: Mapping[str, Log], name: str, starts: Mapping[str, float]) -> list[Curve]:
-    """One curve for each stage that logged the quantity."""
-    keys = PANELS[name][1]
-    found = [_curve(log, keys[s], starts[s]) for s, log in logs.items() if s in keys]
-    return [curve for curve in found if curve[0]]
-
-
-def _curve(log: Log, key: str, start: float) -> Curve:
-    entries = [entry for entry in log if key in entry]
-    return [start + entry["step"] for entry in entries], [entry[key] for entry in entries]
-
-
-def _is_same(losses: Sequence[Curve], divergences: Sequence[Curve]) -> bool:
-    """Whether the loss is nothing but the KL of a panel below."""
-    return len(losses) == 1 and any(
-        steps == losses[0][0]
-        and all(abs(a - b) <= 1e-3 * abs(b) for a, b in zip(losses[0][1], values, strict=True))
-        for steps, values in divergences
-    )
-
-
 def _draw(axes: Axes, name: str, curves: Sequence[Curve]) -> None:
-    for xs, ys in curves:
+    for curve in curves:
+        ys = curve.values
         if name == "accuracy":
-            axes.plot(xs, ys, "o", color=BLUE, markersize=4)
-        elif name != "sparsity":
-            axes.plot(xs, ys, color=SKY, linewidth=1)
-            ys = _running_mean(ys, len(ys) // 20)
-        axes.plot(xs, ys, color=BLUE, linewidth=2)
-    values = [y for _, ys in curves for y in ys]
-    if name in FRACTIONS:
-        axes.set_ylim(0, 1.02)
-        axes.yaxis.set_major_formatter(percent_axis())
-    elif name in ("loss", "KL to the teacher") and max(values) > MAX_RATIO * min(values) > 0:
-        axes.set_yscale("log")
-        plain_numbers(axes.yaxis)
+            axes.plot(curve.steps, ys, "o", color=BLUE, markersize=4)
+        elif name not in AS_MEASURED:
+            axes.plot(curve.steps, ys, color=SKY, linewidth=1)
+            ys = curve.smooth()
+        axes.plot(curve.steps, ys, color=BLUE, linewidth=2)
+    scale_values(axes, name, [y for curve in curves for y in curve.values])
 
 
 def _draw_terms(axes: Axes, log: Log, start: float) -> None:
@@ -161,17 +83,11 @@ def _draw_terms(axes: Axes, log: Log, start: float) -> None:
         return
     axes.lines[-1].set_label("weighted sum")
     for index, key in enumerate(terms):
-        xs, ys = _curve(log, key, start)
+        curve = logged_curve(log, key, "grpo", start)
         label = key.removeprefix("rewards/").removesuffix("/mean").replace("$", r"\$")
         colour = TERM_COLOURS[index % len(TERM_COLOURS)]
-        axes.plot(xs, _running_mean(ys, len(ys) // 20), color=colour, lw=1.5, ls="--", label=label)
+        axes.plot(curve.steps, curve.smooth(), color=colour, lw=1.5, ls="--", label=label)
     axes.legend(frameon=False, fontsize=8, ncols=2)
-
-
-def _running_mean(values: Sequence[float], reach: int) -> list[float]:
-    """Mean over `reach` neighbours on each side, fewer at the ends."""
-    windows = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
-    return [sum(window) / len(window) for window in windows]
 
 
 def _title(curves: Mapping[str, Sequence[Curve]]) -> str:
@@ -179,11 +95,10 @@ def _title(curves: Mapping[str, Sequence[Curve]]) -> str:
     changes = []
     for name in ("reward", "loss", "KL to the teacher"):
         if curves.get(name) and not changes:
-            values = curves[name][-1][1]  # one stage's loss is no loss of another
-            smooth = _running_mean(values, len(values) // 20)
+            smooth = curves[name][-1].smooth()  # one stage's loss is no loss of another
             changes.append(f"{name} goes from {number(smooth[0])} to {number(smooth[-1])}")
     if "sparsity" in curves:
-        values = [y for _, ys in curves["sparsity"] for y in ys]
+        values = [y for curve in curves["sparsity"] for y in curve.values]
         changes.append(f"sparsity goes from {percent(values[0])} to {percent(values[-1])}")
     title = " while ".join(changes)
     return title[:1].upper() + title[1:]

@@ -1,6 +1,5 @@
 """The pictures of a run, from what its stages left on disk; drawn is what there is data for."""
 
-import json
 from pathlib import Path
 
 from pipeline.artifacts import MASK_FILE, RunFolder
@@ -16,11 +15,7 @@ from pipeline.models.prunable import prunable_weights
 from pipeline.sparsity.masks import load_masks
 from pipeline.sparsity.storage import saved_movement
 from pipeline.stages.inputs import stage_before
-from pipeline.stages.training import finite_logs
-
-LOG_FILE = "log_history.json"
-STATE_FILE = "trainer_state.json"
-"""Of a checkpoint, which holds the log of a stage that is not done."""
+from pipeline.stages.training_logs import training_logs
 
 
 def draw(config: Config, folder: RunFolder, report: Report) -> dict[str, Picture]:
@@ -60,22 +55,6 @@ def draw(config: Config, folder: RunFolder, report: Report) -> dict[str, Picture
         if start.exists():
             pictures["magnitude"] = _magnitude(config, folder.stage(last), start)
     return {f"plots/{name}.png": picture for name, picture in pictures.items()}
-
-
-def training_logs(folder: RunFolder) -> dict[str, list[dict]]:
-    """Log history by stage; of a stage that is not done, that of its newest checkpoint."""
-    logs = {}
-    for stage in TRAINING_STAGES:
-        path = folder.stage(stage) / LOG_FILE
-        found = folder.stage(stage).glob("checkpoint-*")
-        steps = [p.name.partition("-")[2] for p in found if (p / STATE_FILE).exists()]
-        newest = max(map(int, filter(str.isdecimal, steps)), default=None)
-        if path.exists():
-            logs[stage] = json.loads(path.read_text())
-        elif newest is not None:
-            state = folder.stage(stage) / f"checkpoint-{newest}" / STATE_FILE
-            logs[stage] = [finite_logs(e) for e in json.loads(state.read_text())["log_history"]]
-    return logs
 
 
 def _movement(config: Config, source: Path) -> Picture:

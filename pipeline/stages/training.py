@@ -5,7 +5,6 @@ Every rank runs what is here; rank 0 writes the model and the JSON files.
 
 import json
 import logging
-import math
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from pipeline.sparsity.refine import RefinementRule
 from pipeline.sparsity.schedule import RefinementSchedule
 from pipeline.sparsity.storage import save_state
 from pipeline.stages.inputs import TaskInputs, save_model
+from pipeline.stages.training_logs import LOG_FILE, finite_logs
 from pipeline.stopping import Stopped, held, requested
 from pipeline.training.arguments import forget_deepspeed
 from pipeline.training.best_student import adopt_best, read_best
@@ -248,9 +248,7 @@ def _leave_student(
         adopt_best(out)
     if is_main():
         write_json(out / REFINEMENTS_FILE, sparsity.refinements)
-        write_json(
-            out / "log_history.json", [finite_logs(logs) for logs in trainer.state.log_history]
-        )
+        write_json(out / LOG_FILE, [finite_logs(logs) for logs in trainer.state.log_history])
     wait_for_all()
     return best
 
@@ -285,14 +283,6 @@ def _heldout(
         measure=probe.accuracy,
         save=lambda folder: save_student(trainer, folder),
     )
-
-
-def finite_logs(logs: dict[str, float | None]) -> dict[str, float]:
-    """Logs without what JSON cannot hold, such as the gradient norm of a skipped step.
-
-    TRL logs None for a metric that was never finite.
-    """
-    return {key: value for key, value in logs.items() if value is not None and math.isfinite(value)}
 
 
 def save_student(trainer: Trainer, folder: Path) -> None:

@@ -9,9 +9,11 @@ from html import unescape
 
 import pytest
 
+from launch.compare import main
 from pipeline.evaluation.plots import plot_accuracy, plot_layer_sparsity
 from pipeline.evaluation.report import write_report
 from pipeline.evaluation.summary import Sample
+from tests.unit.test_compare import CONFIG, write_run
 from tests.unit.test_page import ATTACKS
 from tests.unit.test_plots import ACCURACY
 from tests.unit.test_report import PER_LAYER, description, full_report
@@ -64,7 +66,7 @@ def looked_at(page, profile, *flags):
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
+def report(tmp_path_factory):
     """A report with two pictures, in which every model tries to break out of the page."""
     folder = tmp_path_factory.mktemp("run")
     ci95 = {name: (value, value) for name, value in ACCURACY.items()}
@@ -84,6 +86,29 @@ def page(tmp_path_factory):
     ]
     write_report(folder, full_report(), description(pictures=pictures, samples=samples))
     return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    """Runs of different length, one of them with a name that tries to break out."""
+    folder = tmp_path_factory.mktemp("runs")
+    names = {"a": 0.5, "<img src=x onerror=y>": 0.7, "long_name_" * 8: 0.9}
+    runs = [
+        write_run(
+            folder / name,
+            CONFIG | {"prune": {"sparsity": sparsity}},
+            logs=[{"step": step, "sparsity": sparsity, "kl": 1 / step} for step in range(1, last)],
+        )
+        for last, (name, sparsity) in enumerate(names.items(), start=5)
+    ]
+    assert main([*runs, "--html", str(folder / "compare.html")]) == 0
+    return folder / "compare.html"
+
+
+@pytest.fixture(params=["report", "comparison"])
+def page(request):
+    """Either page; both have two pictures."""
+    return request.getfixturevalue(request.param)
 
 
 def test_it_opens_without_a_word_on_the_console(page, tmp_path):

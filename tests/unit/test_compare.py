@@ -13,8 +13,8 @@ from tests.unit.test_report import full_report, measurements
 CONFIG = {"run": {"seed": 42}, "task": {"path": "bundled"}, "prune": {"sparsity": 0.9}}
 
 
-def write_run(root, config=CONFIG, num_correct=186, is_done=True):
-    """A run folder as far as a comparison reads it."""
+def write_run(root, config=CONFIG, num_correct=186, is_done=True, logs=None):
+    """A run folder as far as a comparison reads it; `logs` is the log history of stage distill."""
     folder = RunFolder(root)
     folder.write_record("prune", {"done": True})
     folder.write_record("evaluate", {"done": is_done})
@@ -27,6 +27,9 @@ def write_run(root, config=CONFIG, num_correct=186, is_done=True):
     correct = {"student": {"accuracy": {"correct": student.accuracy.correct}}}
     (folder.stage("evaluate") / "metrics.json").write_text(json.dumps(correct))
     (root / "config.yaml").write_text(yaml.safe_dump(config))
+    if logs is not None:
+        folder.stage("distill").mkdir()
+        (folder.stage("distill") / "log_history.json").write_text(json.dumps(logs))
     return str(root)
 
 
@@ -80,6 +83,22 @@ def test_the_page_has_the_same_and_nothing_of_a_name_is_live(tmp_path, capsys):
     assert "&lt;script&gt;" in page
     assert "93.0 % [" in page
     assert "b|c" in page
+    assert "<picture>" not in page
+
+
+def test_the_page_shows_the_curves_of_all_runs_also_of_an_unfinished_one(tmp_path, capsys):
+    logs = [{"step": step, "sparsity": 0.5} for step in (1, 2)]
+    done = write_run(tmp_path / "done", logs=logs)
+    stopped = write_run(tmp_path / "stopped", is_done=False)
+    for step in (9, 10):
+        checkpoint = tmp_path / "stopped" / "distill" / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        history = {"log_history": [{"step": step, "sparsity": step / 100, "kl": None}]}
+        (checkpoint / "trainer_state.json").write_text(json.dumps(history))
+    assert main([done, stopped, "--html", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "Sparsity, last logged in distill: 50.0\N{NO-BREAK SPACE}% in done and 10.0" in page
+    assert page.count("<picture>") == 1
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path, capsys):
@@ -88,13 +107,16 @@ def test_runs_of_one_name_are_told_apart(tmp_path, capsys):
     assert lines_of(capsys)["run"].split() == ["run", *runs]
 
 
-@pytest.mark.parametrize("fault", ["alone", "missing", "empty", "broken"])
+@pytest.mark.parametrize("fault", ["alone", "missing", "empty", "broken", "broken log"])
 def test_bad_input_is_one_message(tmp_path, capsys, fault):
     good = write_run(tmp_path / "good")
     bad = tmp_path / "bad"
     if fault == "broken":
         write_run(bad)
         (bad / "report.json").write_text("{")
+    elif fault == "broken log":
+        write_run(bad, logs=[])
+        (bad / "distill" / "log_history.json").write_text("[")
     elif fault == "empty":
         bad.mkdir()
     assert main([good] if fault == "alone" else [good, str(bad)]) == 2
