@@ -389,8 +389,10 @@ class EvaluateConfig(_Section):
     temperature: float = Field(1.0, gt=0)
     """Of those completions."""
     zero_shot: list[Name] = []
-    """Tasks of lm-evaluation-harness (extra eval), with 0 examples in the prompt; [] leaves them
-    out."""
+    """Tasks of lm-evaluation-harness (extra eval); [] leaves them out."""
+    num_fewshot: int = Field(0, ge=0)
+    """Solved examples in the prompt of those tasks. Published figures have 5 for MMLU, 25 for ARC,
+    10 for HellaSwag. A task whose own file says 0 keeps 0."""
     zero_shot_path: Name | None = None
     """Folder with task files (YAML) of your own for it."""
     zero_shot_batch_size: int = Field(4, ge=1)

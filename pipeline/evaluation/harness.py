@@ -1,12 +1,14 @@
-"""Zero-shot tasks of EleutherAI's lm-evaluation-harness, on the model in memory.
+"""Zero- and few-shot tasks of EleutherAI's lm-evaluation-harness, on the model in memory.
 
-The harness is called as a library (extra `eval`): its own prompts, likelihoods and metrics, with 0
-examples in the prompt. A task is shown by the first metric of `METRICS` that it has, which is how
-the authors of SDMPrune (arXiv 2506.11120) take their averages: normalised accuracy before plain
-accuracy. `crows_pairs` knows only the share of stereotypes, 0.5 being the unbiased model.
+The harness is called as a library (extra `eval`): its own prompts, likelihoods and metrics. With
+`num_fewshot` a prompt begins with solved examples, drawn as the harness draws them, so that figures
+compare with published ones; a task whose own file says 0 keeps 0, as there. A task is shown by the
+first metric of `METRICS` that it has, which is how the authors of SDMPrune (arXiv 2506.11120) take
+their averages: normalised accuracy before plain accuracy. `crows_pairs` knows only the share of
+stereotypes, 0.5 being the unbiased model.
 
 Tasks and their data are opened before anything runs, so that a name that does not exist costs
-nothing. Left out: examples in the prompt, chat templates, tasks that run generated code.
+nothing. Left out: chat templates, tasks that run generated code.
 """
 
 import difflib
@@ -24,6 +26,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 METRICS = ("acc_norm", "acc", "pct_stereotype", "exact_match")
 """Fractions in the order in which one stands for its task; a task without any shows its first."""
 
@@ -40,6 +44,8 @@ class TaskScore:
     stderr: float | None
     """Standard error over the documents; None where the harness knows none."""
     num_documents: int
+    num_fewshot: int | None = 0
+    """Solved examples in the prompt; None for a group whose tasks differ in it."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +58,19 @@ class HarnessTasks:
     """What is shown of them: a group with a score of its own stands for its tasks."""
 
 
-def open_harness_tasks(names: Sequence[str], include_path: str | None = None) -> HarnessTasks:
+def open_harness_tasks(
+    names: Sequence[str], include_path: str | None = None, num_fewshot: int = 0
+) -> HarnessTasks:
     """Opens tasks by name and loads their data.
 
     Args:
         names: Tasks, groups or tags of the harness, or of the folder.
         include_path: Folder with task files (YAML) of the user's own.
+        num_fewshot: Solved examples in the prompt.
 
     Raises:
-        UserError: The harness is not installed, a name is unknown, or data cannot be loaded.
+        UserError: The harness is not installed, a name is unknown, data cannot be loaded, or a task
+            has not that many examples.
     """
     try:
         import lm_eval.tasks  # noqa: F401
@@ -94,8 +104,35 @@ def open_harness_tasks(names: Sequence[str], include_path: str | None = None) ->
                 f"evaluate.zero_shot: {name}: runs generated code or shows pictures, which is not "
                 "done here. Leave it out."
             )
-        task.set_config(key="num_fewshot", value=0)
+        _show_examples(name, task, num_fewshot)
     return HarnessTasks(loaded, shown)
+
+
+def _show_examples(name: str, task: Any, num_fewshot: int) -> None:
+    """Sets the number of examples of a task, and tries it on one document."""
+    keeps_none = task.get_config("num_fewshot") == 0 or task.OUTPUT_TYPE == "loglikelihood_rolling"
+    num_fewshot = 0 if keeps_none else num_fewshot
+    task.set_config(key="num_fewshot", value=num_fewshot)
+    if num_fewshot == 0:
+        return
+    try:
+        if _shows_what_it_asks(task):
+            raise ValueError("it would show what it asks; its file needs a fewshot_split")
+        task.fewshot_context(doc=next(iter(task.eval_docs)), num_fewshot=num_fewshot)
+    except Exception as error:  # of the harness's samplers, or a task's own code
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"evaluate.num_fewshot: {num_fewshot}: {name}: no such prompts: {text[:300]}. Set "
+            "fewer, or leave the task out of evaluate.zero_shot."
+        ) from error
+
+
+def _shows_what_it_asks(task: Any) -> bool:
+    """Whether examples come from the test split, of which the harness then leaves none out."""
+    source = getattr(task, "fewshot_cfg", None)  # a task in Python code leaves out by itself
+    return source is not None and not (
+        source.split or source.samples or task.has_training_docs() or task.has_validation_docs()
+    )
 
 
 def _manager(names: Sequence[str], folder: str | None) -> Any:
@@ -158,29 +195,61 @@ def zero_shot_scores(
     Returns:
         Task name to its score, in the order of the tasks.
     """
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    states = random.getstate(), np.random.get_state()
+    states, cut = (random.getstate(), np.random.get_state()), _CutPrompts()
     on_cuda = model.device.type == "cuda"
     try:
-        with torch.random.fork_rng(devices=[model.device] if on_cuda else []):
+        with cut, torch.random.fork_rng(devices=[model.device] if on_cuda else []):
             random.seed(seed)
             np.random.seed(seed)
             torch.manual_seed(seed)
+            for task in tasks.opened["tasks"].values():
+                task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # the same examples for every model
             found = evaluate(  # simple_evaluate would describe the machine too, for seconds
                 lm=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
                 task_dict=tasks.opened,
                 log_samples=False,
                 bootstrap_iters=BOOTSTRAP_DRAWS,
-            )["results"]
+            )
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-    return {name: _score(found[name]) for name in tasks.names}
+    if cut.count:
+        logger.warning(
+            "evaluate.zero_shot: prompts longer than the model's %d tokens lost their beginning, "
+            "examples first; the harness said so %d times",
+            model.config.max_position_embeddings,
+            cut.count,
+        )
+    shots = found["n-shot"]
+    return {name: _score(found["results"][name], shots.get(name)) for name in tasks.names}
 
 
-def _score(result: dict[str, Any]) -> TaskScore:
+class _CutPrompts(logging.Filter):
+    """Counts, as a context, what the harness says of prompts that it cuts, a line for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self.logger = logging.getLogger("lm_eval.models.huggingface")
+
+    def __enter__(self) -> None:
+        self.logger.setLevel(logging.WARNING)
+        self.logger.addFilter(self)
+
+    def __exit__(self, *exception: object) -> None:
+        self.logger.removeFilter(self)
+        self.logger.setLevel(logging.NOTSET)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        self.count += "runcat" in record.getMessage()
+        return record.levelno > logging.WARNING
+
+
+def _score(result: dict[str, Any], num_fewshot: int | None) -> TaskScore:
     """The one metric that stands for a task; the harness's keys are `metric,filter`."""
     values = {
         key: value
@@ -195,6 +264,7 @@ def _score(result: dict[str, Any]) -> TaskScore:
         value=float(values[key]),
         stderr=float(stderr) if isinstance(stderr, int | float) else None,
         num_documents=result["sample_len"],
+        num_fewshot=num_fewshot,
     )
 
 

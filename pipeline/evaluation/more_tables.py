@@ -53,18 +53,27 @@ def _pass_at_k(found: Mapping[str, Any]) -> Table:
 def _zero_shot(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
     names = [name for name in MODELS if name in found]
     tasks = list(dict.fromkeys(task for name in names for task in found[name]))
-    rows = [["task", "metric", *names]]
+    rows = [["task", "examples", "metric", *names]]
     for task in tasks:
         scores = [found[name].get(task) for name in names]
-        metric = next(score["metric"] for score in scores if score is not None)
-        rows.append([task, metric, *(_score(score) for score in scores)])
+        known = next(score for score in scores if score is not None)
+        rows.append([task, _shots(known), known["metric"], *(_score(score) for score in scores)])
     shared = [task for task in tasks if all(task in found[name] for name in names)]
-    note = "lm-evaluation-harness, 0 examples in the prompt; value and standard error."
+    note = (
+        "lm-evaluation-harness; how many solved examples the prompt has; value and standard error."
+    )
     if len(shared) > 1 and all(found[names[0]][task]["metric"] in METRICS for task in shared):
         means = [sum(found[name][task]["value"] for task in shared) / len(shared) for name in names]
-        rows.append(["average", "", *(f"{100 * mean:.2f} %" for mean in means)])
+        rows.append(["average", "", "", *(f"{100 * mean:.2f} %" for mean in means)])
         note += " The average is plain, over the tasks that all models have."
-    return Table("Zero-shot tasks", note, rows)
+    is_zero_shot = all(row[1] in ("0", "") for row in rows[1:])
+    return Table("Zero-shot tasks" if is_zero_shot else "Few-shot tasks", note, rows)
+
+
+def _shots(score: Mapping[str, Any]) -> str:
+    """Of a report from before there was a choice, 0."""
+    shots = score.get("num_fewshot", 0)
+    return "mixed" if shots is None else str(shots)
 
 
 def _score(score: Mapping[str, Any] | None) -> str:

@@ -92,7 +92,7 @@ def open_task(config: Config) -> TaskInputs:
         form,
         lambda prompt: encode_prompt(tokenizer, form(prompt)),
         _text_ids(evaluate, tokenizer) if evaluate.text_path else None,
-        open_harness_tasks(evaluate.zero_shot, evaluate.zero_shot_path)
+        open_harness_tasks(evaluate.zero_shot, evaluate.zero_shot_path, evaluate.num_fewshot)
         if evaluate.zero_shot
         else None,
     )

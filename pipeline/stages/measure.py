@@ -3,9 +3,10 @@
 Accuracy: greedy, on held-out prompts. Perplexity and KL: on given completions of the same prompts,
 by default the teacher's greedy ones, because a task's reference answer need not be what a model
 should write. Where the config asks for it: sampled accuracy, a second perplexity on a text out of
-the task's domain, and zero-shot tasks.
+the task's domain, and tasks of lm-evaluation-harness.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 
 from transformers import PreTrainedModel
@@ -162,7 +163,7 @@ def _text_perplexity(
 
 
 def comparable(found: Measurements, to: Measurements) -> Measurements:
-    """Measurements without what was taken on another text, window or number of samples.
+    """Measurements without what was taken on another text, window, or number of samples or shots.
 
     A one-shot student is measured when it is pruned, the others at the end.
     """
@@ -182,7 +183,20 @@ def comparable(found: Measurements, to: Measurements) -> Measurements:
         agreement=found.agreement if same("agreement", "num_tokens") else None,
         text_perplexity=found.text_perplexity if same("text_perplexity", *taken_on) else None,
         sampled=found.sampled if same("sampled", "num_samples", "temperature") else None,
+        zero_shot=found.zero_shot and _same_examples(found.zero_shot, to.zero_shot or {}),
     )
+
+
+def _same_examples(
+    found: Mapping[str, TaskScore], to: Mapping[str, TaskScore]
+) -> dict[str, TaskScore] | None:
+    """The scores of tasks that no other number of examples was shown in."""
+    same = {
+        task: score
+        for task, score in found.items()
+        if task not in to or to[task].num_fewshot == score.num_fewshot
+    }
+    return same or None
 
 
 def to_json(measurements: Measurements) -> dict:

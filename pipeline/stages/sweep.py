@@ -59,6 +59,7 @@ HARMLESS_KEYS = (
     ("evaluate", "pass_at_k"),
     ("evaluate", "temperature"),
     ("evaluate", "zero_shot"),
+    ("evaluate", "num_fewshot"),
     ("evaluate", "zero_shot_path"),
     ("evaluate", "zero_shot_batch_size"),
 )

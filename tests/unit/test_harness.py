@@ -26,12 +26,11 @@ DOCUMENTS = [  # of the bundled task, but for the last, which asks for a wrong a
 
 def write_task(folder, name, **changes):
     """A multiple-choice task of `DOCUMENTS`, as a user would write it."""
-    data = folder / "documents.jsonl"
-    data.write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS))
+    data = write_documents(folder / "documents.jsonl", DOCUMENTS)
     values = {
         "task": name,
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "dataset_kwargs": {"data_files": {"test": data}},
         "test_split": "test",
         "output_type": "multiple_choice",
         "doc_to_text": "{{question}}",
@@ -41,6 +40,29 @@ def write_task(folder, name, **changes):
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(values | changes))
+
+
+def write_documents(path, documents):
+    path.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    return str(path)
+
+
+EXAMPLES = [
+    {"question": question, "choices": ["59", answer, "0713"], "gold": 1}
+    for question, answer in generate_rows(5, 0, "train")
+]
+
+
+@pytest.fixture
+def with_examples(tmp_path):
+    """The toy task with a split to draw examples from, and another that wants none."""
+    files = {"test": write_documents(tmp_path / "test.jsonl", DOCUMENTS)}
+    files["train"] = write_documents(tmp_path / "train.jsonl", EXAMPLES)
+    changes = {"dataset_kwargs": {"data_files": files}, "training_split": "train"}
+    changes["fewshot_delimiter"] = "|"
+    write_task(tmp_path, "shown", **changes)
+    write_task(tmp_path, "never", num_fewshot=0, **changes)
+    return str(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -165,8 +187,8 @@ def test_a_group_with_a_score_of_its_own_stands_for_its_tasks(folder, tasks, tok
     ],
 )
 def test_one_metric_stands_for_a_task(result, wanted):
-    score = harness._score({"alias": "x", "name": "x", "sample_len": 9, **result})
-    assert score == TaskScore(*wanted, 9)
+    score = harness._score({"alias": "x", "name": "x", "sample_len": 9, **result}, 5)
+    assert score == TaskScore(*wanted, 9, 5)
 
 
 def test_what_the_folder_holds_needs_no_index_of_the_harness_s_own(folder):
@@ -202,3 +224,77 @@ def test_without_the_harness_the_way_to_it_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(UserError, match=r"^evaluate\.zero_shot: needs lm-eval.*'\.\[eval\]'"):
         open_harness_tasks(["piqa"])
+
+
+def prompts_of(monkeypatch, model, tokenizer, tasks):
+    """Context and choice of each request that reaches the model, and the scores."""
+    from lm_eval.models.huggingface import HFLM
+
+    seen, likelihoods = [], HFLM.loglikelihood
+
+    def watched(self, requests, **options):
+        seen.extend(request.args for request in requests)
+        return likelihoods(self, requests, **options)
+
+    monkeypatch.setattr(HFLM, "loglikelihood", watched)
+    scores = zero_shot_scores(model, tokenizer, tasks, batch_size=4, seed=0)
+    monkeypatch.undo()
+    return seen, scores
+
+
+def test_prompts_begin_with_solved_examples_the_same_for_every_model(
+    with_examples, tokenizer, monkeypatch
+):
+    tasks = open_harness_tasks(["shown", "never"], with_examples, num_fewshot=2)
+    model = load_model("bundled")
+    seen, scores = prompts_of(monkeypatch, model, tokenizer, tasks)
+    solved = {f"{row['question']}{row['choices'][1]}" for row in EXAMPLES}
+    questions = {document["question"] for document in DOCUMENTS}
+    shown = []
+    for context, _ in seen:
+        *examples, question = context.split("|")
+        assert question in questions
+        assert len(set(examples)) == len(examples)
+        assert set(examples) <= solved
+        shown.append(len(examples))
+    requests = len(DOCUMENTS) * 3
+    assert shown == [2] * requests + [0] * requests
+    assert {name: score.num_fewshot for name, score in scores.items()} == {"shown": 2, "never": 0}
+    right = 0
+    for document in DOCUMENTS:
+        context = next(c for c, _ in seen if c.endswith(f"|{document['question']}"))
+        sums = [log_likelihood(model, tokenizer, context, c) for c in document["choices"]]
+        lengths = [len(choice) for choice in document["choices"]]
+        best = max(range(3), key=lambda i: sums[i] / lengths[i])
+        right += best == document["gold"]
+    assert scores["shown"].value == pytest.approx(right / len(DOCUMENTS))
+    again, _ = prompts_of(monkeypatch, tiny(tokenizer, seed=1), tokenizer, tasks)
+    assert again == seen
+
+
+def test_examples_that_are_not_there_are_missed_before_anything_runs(with_examples):
+    with pytest.raises(UserError, match=r"^evaluate\.num_fewshot: 6: shown: .*larger than pop"):
+        open_harness_tasks(["never", "shown"], with_examples, num_fewshot=6)
+
+
+def test_a_task_never_shows_the_document_it_asks(tmp_path, folder, tokenizer, monkeypatch):
+    with pytest.raises(UserError, match=r"^evaluate\.num_fewshot: 1: toy_norm: .*fewshot_split"):
+        open_harness_tasks(["toy_norm"], folder, num_fewshot=1)
+    write_task(tmp_path, "apart", fewshot_split="test", fewshot_delimiter="|")
+    tasks = open_harness_tasks(["apart"], str(tmp_path), num_fewshot=len(DOCUMENTS) - 1)
+    seen, _ = prompts_of(monkeypatch, load_model("bundled"), tokenizer, tasks)
+    for context, _ in seen:
+        *examples, question = context.split("|")
+        assert len(examples) == len(DOCUMENTS) - 1
+        assert not any(example.startswith(question) for example in examples)
+
+
+def test_prompts_that_lose_their_beginning_are_said_once(with_examples, tokenizer, caplog):
+    model = tiny(tokenizer, seed=1)
+    for num_fewshot, wanted in {0: 0, 5: 1}.items():
+        caplog.clear()
+        tasks = open_harness_tasks(["shown"], with_examples, num_fewshot=num_fewshot)
+        zero_shot_scores(model, tokenizer, tasks, batch_size=4, seed=0)
+        said = [record.getMessage() for record in caplog.records]
+        assert len([line for line in said if "32 tokens lost their beginning" in line]) == wanted
+        assert not any("Truncating" in line for line in said)

@@ -339,7 +339,7 @@ def test_pass_at_k_and_zero_shot_tasks_are_in_the_report():
     assert found["ci95"]["dense"]["4"] == list(mean_interval([0, 1, 1, 1]))
     assert (found["num_prompts"], found["num_samples"], found["temperature"]) == (4, 4, 0.7)
     assert report["zero_shot"]["dense"]["piqa"] == {
-        "metric": "acc_norm", "value": 0.75, "stderr": 0.01, "num_documents": 100
+        "metric": "acc_norm", "value": 0.75, "stderr": 0.01, "num_documents": 100, "num_fewshot": 0
     }  # fmt: skip
     assert report["text_perplexity"]["stride"] == 1024
     assert json.loads(json.dumps(report)) == report
@@ -352,11 +352,24 @@ def test_their_tables_and_notes_stand_in_the_page():
     for row in (
         "| answers | dense | student |",
         "| pass@1 | 43.8 % \\[",
-        "| task | metric | dense | student |",
-        "| piqa | acc\\_norm | 75.00 ± 1.00 % | 75.00 ± 1.00 % |",
-        "| boolq | acc | 50.00 % | 50.00 % |",
-        "| word\\_ppl | word\\_perplexity | - | 12 |",
-        "| average |  | 62.50 % | 62.50 % |",
+        "| task | examples | metric | dense | student |",
+        "| piqa | 0 | acc\\_norm | 75.00 ± 1.00 % | 75.00 ± 1.00 % |",
+        "| boolq | 0 | acc | 50.00 % | 50.00 % |",
+        "| word\\_ppl | 0 | word\\_perplexity | - | 12 |",
+        "| average |  |  | 62.50 % | 62.50 % |",
     ):
         assert row in page, row
     assert more_tables(full_report()) == []
+
+
+def test_a_table_says_how_many_examples_each_task_shows():
+    scores = {
+        name: TaskScore("acc", 0.5, None, 9, shots)
+        for name, shots in (("five", 5), ("zero", 0), ("group", None))
+    }
+    dense = Measurements(accuracy=accuracy(190), zero_shot=scores)
+    (found,) = more_tables(full_report(models={"dense": dense}))
+    assert found.title == "Few-shot tasks"
+    assert [row[:2] for row in found.rows] == [
+        ["task", "examples"], ["five", "5"], ["zero", "0"], ["group", "mixed"], ["average", ""]
+    ]  # fmt: skip

@@ -187,7 +187,7 @@ def test_cells_of_a_sweep_from_before_text_had_splits_are_not_stale():
     known = ("completions", "max_new_tokens", "text_path", "text_seq_len", "text_stride")
     values = load_config("configs/sweep.yaml", {}).evaluate.model_dump()
     assert hashed() == hash_json({key: values[key] for key in known})
-    assert hashed(zero_shot_batch_size=1) == hashed()
+    assert hashed(zero_shot_batch_size=1, num_fewshot=5) == hashed()
     assert hashed(text_split="train") != hashed()
 
 
@@ -214,6 +214,9 @@ def test_measurements_come_back_and_lose_what_was_taken_otherwise():
         other = replace(found, **{kind: replace(getattr(found, kind), **change)})
         assert comparable(found, other) == replace(found, **{kind: None}), kind
     assert comparable(found, bare).text_perplexity is None
+    shown = replace(found, zero_shot={"toy": TaskScore("acc", 0.5, None, 4, num_fewshot=5)})
+    assert comparable(found, shown).zero_shot is None
+    assert comparable(found, bare).zero_shot == found.zero_shot
 
 
 def test_a_mask_is_judged_by_the_weights_of_the_reward_mix():
