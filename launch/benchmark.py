@@ -5,6 +5,7 @@
     python launch/benchmark.py --suite clipping    what the gradient norm does to movement
     python launch/benchmark.py --suite prune       one-shot methods on one layer, by shape
     python launch/benchmark.py --suite inference   every export beside the dense model
+    python launch/benchmark.py --suite quality     one-shot methods on the bundled model
     python launch/benchmark.py --suite checkpoint  saving, resuming, and the time of --help
 
 Each writes `results/benchmark_SUITE.json`: medians and quartiles, with hardware, date, versions and
@@ -27,7 +28,7 @@ from pipeline.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "benchmark"
-SUITES = ("step", "engine", "clipping", "prune", "inference", "checkpoint")
+SUITES = ("step", "engine", "clipping", "prune", "inference", "quality", "checkpoint")
 BAD_INPUT = 2
 
 
@@ -73,6 +74,10 @@ def measure(arguments: argparse.Namespace, save: Callable[[dict], None]) -> None
         from launch.benchmarks import inference as suite
 
         result = suite.run(arguments.config or CONFIGS / "inference.yaml", save)
+    elif arguments.suite == "quality":
+        from launch.benchmarks import quality as suite
+
+        result = suite.run(arguments.config or CONFIGS / "quality.yaml")
     elif arguments.suite == "checkpoint":
         from launch.benchmarks import checkpoint as suite
 

@@ -12,7 +12,7 @@ A table stands between two markers. The first says what to show, as YAML on one 
 recovered_kl or recovered_accuracy), or `against`, one of them, of the headline row beside each
 other row's; or at one `level` several `measures` side by side. `rows` and `levels` are optional.
 The prune suite has `layer`, inference `model`, or `break_even`, a dtype of the dense
-side, the step suite `step`, its shape. The soak's has `faults: all`.
+side, the step suite `step`, its shape, the quality suite `quality: all`, the soak `faults: all`.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import difflib
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # Python puts launch/ on the path, not its parent, which holds the packages of a plain clone.
@@ -27,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import yaml
 
-from pipeline.evaluation.formats import number
+from pipeline.evaluation.formats import number, percent
 from pipeline.evaluation.markdown import escape, table
-from pipeline.evaluation.sweep_cell_text import cell_text, marks
+from pipeline.evaluation.sweep_cell_text import BROKEN, cell_text, marks
 from pipeline.evaluation.sweep_comparison_tables import against_table
 from pipeline.evaluation.sweep_grid import (
     ACCURACY,
@@ -193,6 +194,29 @@ def step_table(found: dict, wanted: dict) -> str:
     return table([["median (quartiles)", "seconds", "of TRL's step"], *body])
 
 
+def quality_table(found: dict, wanted: dict) -> str:
+    """Methods of the quality suite at each sparsity down; what they leave of the model across."""
+    ratio = f"KL of {escape(found['headline'])} / its KL"
+    header = ["median (quartiles)", "sparsity", "KL", "perplexity", "accuracy", ratio]
+    body = []
+    for row in found["rows"]:
+        cells = [_interval(row[key], number) for key in ("kl", "perplexity")]
+        cells.append(_interval(row["accuracy"], percent))
+        cells.append(_spread(row["kl_ratio"]) if "kl_ratio" in row else "")
+        mark = f" {BROKEN}" if row["is_broken"] else ""
+        body.append([escape(row["method"]) + mark, f"{row['sparsity']:g}", *cells])
+    note = (
+        f"{BROKEN} worse than a unigram model, whose perplexity is "
+        f"{number(found['unigram_perplexity'])}; shown, but no claim is made of it."
+    )
+    return f"{table([header, *body])}\n\n{note}"
+
+
+def _interval(figures: dict, show: Callable[[float], str]) -> str:
+    lower, upper = figures["quartiles"]
+    return f"{show(figures['median'])} ({show(lower)} to {show(upper)})"
+
+
 def _spread(figures: dict) -> str:
     lower, upper = figures["quartiles"]
     return f"{figures['median']:.3f} ({lower:.3f} to {upper:.3f})"
@@ -203,6 +227,7 @@ SUITE_TABLES = {
     "model": inference_table,
     "break_even": break_even_table,
     "step": step_table,
+    "quality": quality_table,
     "faults": fault_table,
 }
 """Key of a marker to what it shows; a marker without one shows a sweep."""

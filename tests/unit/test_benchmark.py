@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from launch.benchmarks import engine, step
+from launch.benchmarks import engine, quality, step
 from launch.benchmarks.clipping import compare
 from launch.benchmarks.communication import Communicated, distinct
 from launch.benchmarks.optimizer_step import ADAMW_BYTES, RULES, engine_bytes
@@ -18,6 +18,7 @@ from launch.benchmarks.peak_memory import PeakMemory
 from launch.benchmarks.prune_layer import LayerBench, LayerShape, LayerShapes
 from launch.benchmarks.shapes import Shape, load_shapes
 from launch.benchmarks.timing import Side, alternate, ratios, summary
+from pipeline.config_loading import load_config
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -186,6 +187,67 @@ def test_inference_suite_writes_every_export(tmp_path):
     assert result["break_even"]["1"]["bfloat16"]["0.9"]["median"] > 0
     if not torch.cuda.is_available():
         assert result["models"]["large"] == {"not_run": "no CUDA device"}
+
+
+QUALITY_CONFIG = """
+run: {stages: [sweep]}
+task: {num_calibration: 8, num_test: 20, num_train: 50}
+evaluate: {max_new_tokens: 8}
+sweep:
+  seeds: [3, 1]
+  levels: [0.3, 0.5]
+  headline: ours
+  rows:
+    ours: {method: mama, redistribution: least_squares}
+    theirs: {method: magnitude, redistribution: none}
+    2 of 4: {method: magnitude, redistribution: none, scope: "2:4"}
+"""
+
+
+@pytest.mark.slow
+def test_quality_suite_compares_paired_by_draw(tmp_path):
+    (tmp_path / "quality.yaml").write_text(QUALITY_CONFIG)
+    output = tmp_path / "quality.json"
+    benchmark("--suite", "quality", "--config", tmp_path / "quality.yaml", "--output", output)
+    result = json.loads(output.read_text())
+    assert (result["seeds"], result["headline"], result["num_prompts"]) == ([1, 3], "ours", 20)
+    assert result["dense"]["accuracy"] == 1.0
+    rows = {(row["method"], row["sparsity"]): row for row in result["rows"]}
+    assert list(rows) == [
+        ("ours", 0.3), ("theirs", 0.3), ("ours", 0.5), ("theirs", 0.5), ("2 of 4", 0.5)
+    ]  # fmt: skip
+    for (method, level), row in rows.items():
+        kls = row["kl"]["by_seed"]
+        assert row["kl"]["median"] == median(kls)
+        assert all(kl > 0 for kl in kls)
+        own = rows["ours", level]["kl"]["by_seed"]
+        wanted = None if method == "ours" else median(a / b for a, b in zip(own, kls, strict=True))
+        assert row.get("kl_ratio", {}).get("median") == wanted
+        mean = sum(row["perplexity"]["by_seed"]) / 2
+        assert row["is_broken"] == (mean > result["unigram_perplexity"])
+        assert 0 <= row["accuracy"]["median"] <= 1 <= row["perplexity"]["median"]
+    assert str(tmp_path) not in output.read_text()
+
+
+def test_quality_suite_refuses_what_it_cannot_sum_up(tmp_path):
+    path = tmp_path / "quality.yaml"
+    path.write_text(QUALITY_CONFIG.replace("[3, 1]", "[3]"))
+    with pytest.raises(UserError, match=r"^sweep\.seeds: \[3\]: "):
+        quality.run(path)
+    path.write_text("run: {stages: [prune]}")
+    with pytest.raises(UserError, match=r"^run\.stages: "):
+        quality.run(path)
+
+
+def test_shipped_quality_rows_are_those_of_the_sweep():
+    shipped, whole = (
+        load_config(ROOT / "configs" / name, {}).sweep
+        for name in ("benchmark/quality.yaml", "sweep.yaml")
+    )
+    assert list(shipped.rows) == ["MAMA", "SparseGPT", "Wanda"]
+    assert shipped.rows.items() <= whole.rows.items()
+    assert (shipped.seeds, shipped.headline) == (whole.seeds, whole.headline)
+    assert set(shipped.levels) <= set(whole.levels)
 
 
 def test_memory_of_a_call_is_what_it_holds_at_its_peak():

@@ -134,3 +134,22 @@ def test_step_suite(folder):
     assert "| TRL | 2.000 (1.500 to 3.000) |  |" in page
     assert "| ours | 2.000 (1.500 to 3.000) | 1.040 (1.000 to 1.100) |" in page
     assert "| teacher | 2.000 (1.500 to 3.000) |  |" in page
+
+
+def test_quality_suite(folder):
+    def spread(median):
+        return {"median": median, "quartiles": [median / 2, 2 * median]}
+
+    own = {"kl": spread(0.5), "perplexity": spread(2.0), "accuracy": spread(0.25)}
+    rows = [
+        {"method": "MAMA", "sparsity": 0.9, "is_broken": False, **own},
+        {"method": "a|b", "sparsity": 0.9, "is_broken": True, **own, "kl_ratio": spread(0.125)},
+    ]
+    found = {"headline": "MAMA", "unigram_perplexity": 38.07, "rows": rows}
+    (folder / "quality.json").write_text(json.dumps(found))
+    page = results.render(MARKER.format("{file: quality, quality: all}"), folder)
+    assert "| sparsity | KL | perplexity | accuracy | KL of MAMA / its KL |" in page
+    figures = "0.9 | 0.5 (0.25 to 1) | 2 (1 to 4) | 25.0 % (12.5 % to 50.0 %)"
+    assert f"| MAMA | {figures} |  |" in page
+    assert "whose perplexity is 38.1; shown" in page
+    assert f"| a\\|b † | {figures} | 0.125 (0.062 to 0.250) |" in page
