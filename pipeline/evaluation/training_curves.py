@@ -4,7 +4,8 @@ One run's curves are drawn by `training_plots.py`, those of several by `run_curv
 counted across stages: a stage begins where the one before it ended, in the longest run.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -52,6 +53,10 @@ class Curve:
     """Counted across stages."""
     values: list[float]
 
+    def points(self) -> Iterator[tuple[float, float]]:
+        """Step and value, one after the other."""
+        return zip(self.steps, self.values, strict=True)
+
     def smooth(self) -> list[float]:
         """Running mean over a tenth of the values, fewer at the ends."""
         reach = len(self.values) // 20
@@ -93,13 +98,12 @@ def logged_curve(log: Log, key: str, stage: str, start: float) -> Curve:
 
 
 def is_same(losses: Sequence[Curve], divergences: Sequence[Curve]) -> bool:
-    """Whether the loss is nothing but the KL, which has a picture of its own."""
-    return len(losses) == 1 and any(
-        curve.steps == losses[0].steps
-        and all(
-            abs(a - b) <= 1e-3 * abs(b) for a, b in zip(losses[0].values, curve.values, strict=True)
-        )
-        for curve in divergences
+    """Whether each loss is nothing but the KL of its step, which has a picture of its own."""
+    kls = {step: kl for curve in divergences for step, kl in curve.points()}
+    return all(
+        abs(loss - kls.get(step, math.inf)) <= 1e-3 * abs(loss)
+        for curve in losses
+        for step, loss in curve.points()
     )
 
 
