@@ -17,7 +17,9 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +31,11 @@ from pydantic import ConfigDict
 
 from launch.typed_yaml import read_typed
 from pipeline.artifacts import RunFolder, git_commit, hash_json, write_json
+from pipeline.config import Config
 from pipeline.config_loading import load_config
-from pipeline.config_yaml import parse_yaml
+from pipeline.config_yaml import YamlError, parse_yaml
 from pipeline.errors import UserError
+from pipeline.stages.paths import check_paths
 
 ROOT = Path(__file__).resolve().parents[1]
 BAD_INPUT = 2
@@ -108,18 +112,24 @@ def _arguments(grid: Grid, row: str, level: float, seed: int) -> list[str]:
     return [word.replace("{level}", f"{level:g}") for word in words]
 
 
-def check(grid: Grid, cells: list[CellPlan]) -> None:
+def check(grid: Grid, cells: list[CellPlan], check_config: Callable[[Config], None]) -> None:
     """Reads the config of every cell, so that a fault shows before the first of many runs.
+
+    Args:
+        grid: What is run.
+        cells: Its cells.
+        check_config: Looks at each config too; relative paths are those of the repository.
 
     Raises:
         UserError: A config is at fault; names its cell.
     """
     for cell in cells:
         told = zip(cell.arguments[::2], cell.arguments[1::2], strict=True)
-        overrides = {word.removeprefix("--"): parse_yaml(value)[0] for word, value in told}
         try:
-            load_config(ROOT / grid.config, overrides)
-        except UserError as error:
+            overrides = {word.removeprefix("--"): parse_yaml(value)[0] for word, value in told}
+            with chdir(ROOT):
+                check_config(load_config(grid.config, overrides))
+        except (UserError, YamlError) as error:
             raise UserError(f"{cell.row} at {cell.level:g}, seed {cell.seed}: {error}") from error
 
 
@@ -241,8 +251,8 @@ def main(argv: list[str] | None = None) -> int:
         (arguments.output_dir / "cells").mkdir(parents=True, exist_ok=True)
         if arguments.known is not None:
             take_known(cells, arguments.known)
-        check(grid, cells)
         waiting = [cell for cell in cells if not is_measured(cell)]
+        check(grid, waiting, check_paths)
         collect(grid, cells, arguments.output_dir / "grid.json")
         with ThreadPoolExecutor(arguments.jobs) as pool:
             runs = pool.map(lambda cell: run_cell(grid, cell), waiting)

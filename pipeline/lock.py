@@ -94,9 +94,12 @@ def take_lock(folder: Path) -> Owner:
         if is_stale and _remove_stale(path, owner):
             logger.warning("%s: its owner is gone (%s), taken over", path, _text(owner))
         elif is_over:
+            held = f"has a lock of {_text(owner)}, which has ended, that cannot be removed"
+            if not is_stale:
+                held = f"is in use by {_text(owner)}; wait until it ends"
             raise UserError(
-                f"--output_dir: {str(folder)!r} is in use by {_text(owner)}; wait until it ends, "
-                f"or set another --output_dir; if nothing runs there, delete {path}"
+                f"--output_dir: {str(folder)!r} {held}; or set another --output_dir; if nothing "
+                f"runs there, delete {path}"
             )
         elif not is_stale:
             if owner and not is_said:
@@ -105,7 +108,7 @@ def take_lock(folder: Path) -> Owner:
                 )
                 is_said = True
             time.sleep(POLL_SECONDS)
-    _taken[folder.resolve()] = me
+    _taken[folder] = me
     return me
 
 
@@ -119,19 +122,25 @@ def check_lock(path: Path) -> None:
         UserError: The lock names another process, or is gone.
     """
     for folder, me in _taken.items():
-        if not path.resolve().is_relative_to(folder):
+        if not _lies_in(path, folder):
             continue
-        lock, found = folder / LOCK_FILE, "is gone"
+        lock = folder / LOCK_FILE
+        found = "is gone, so another start may be at work there"
         with suppress(FileNotFoundError):
             owner = _parse(lock.read_text())
             if owner == me:
                 continue
-            found = f"names {_text(owner)}"
+            found = f"names {_text(owner)}, which took this run over"
         raise UserError(
-            f"--output_dir: {lock} {found}: another start took this run over; this one ends here "
-            "and saves nothing more; if no run is at work there, the same command goes on from the "
-            "last checkpoint"
+            f"--output_dir: {lock} {found}; this start ends here and saves nothing more; if no run "
+            "is at work there, the same command goes on from the last checkpoint"
         )
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """By name or in truth: a run folder, and a stage's in it, may be links to other disks."""
+    by_name = Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
+    return by_name or path.resolve().is_relative_to(folder.resolve())
 
 
 def is_taken_over(path: Path) -> bool:
@@ -145,7 +154,7 @@ def is_taken_over(path: Path) -> bool:
 
 def release_lock(folder: Path, me: Owner) -> None:
     """Gives the lock back, unless it is another's by now."""
-    _taken.pop(folder.resolve(), None)
+    _taken.pop(folder, None)
     path = folder / LOCK_FILE
     if _read(path) == me:
         path.unlink(missing_ok=True)

@@ -112,7 +112,7 @@ def _leave_status(folder: RunFolder, status: int) -> None:
     """Writes `exit_status`; on a disk without space what ended the run stays the one message."""
     try:
         write_text(folder.root / "exit_status", f"{status}\n")
-    except OSError as error:
+    except (OSError, UserError) as error:
         logger.warning("%s: no exit_status: %s", folder.root, error)
 
 

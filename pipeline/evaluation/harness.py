@@ -128,11 +128,13 @@ def _show_examples(name: str, task: Any, num_fewshot: int) -> None:
 
 
 def _shows_what_it_asks(task: Any) -> bool:
-    """Whether examples come from the test split, of which the harness then leaves none out."""
-    source = getattr(task, "fewshot_cfg", None)  # a task in Python code leaves out by itself
-    return source is not None and not (
-        source.split or source.samples or task.has_training_docs() or task.has_validation_docs()
-    )
+    """Whether examples come from what is asked, and the harness leaves none out."""
+    source = getattr(task, "fewshot_cfg", None)
+    if source is None or source.samples:  # a task in Python code leaves out by itself
+        return False
+    if source.split:  # of which the harness leaves out what it asks, but only in the test split
+        return not task.has_test_docs() and source.split == task.config.validation_split
+    return not (task.has_training_docs() or task.has_validation_docs())
 
 
 def _manager(names: Sequence[str], folder: str | None) -> Any:
@@ -237,16 +239,18 @@ class _CutPrompts(logging.Filter):
         self.logger = logging.getLogger("lm_eval.models.huggingface")
 
     def __enter__(self) -> None:
+        self.level = self.logger.level
         self.logger.setLevel(logging.WARNING)
         self.logger.addFilter(self)
 
     def __exit__(self, *exception: object) -> None:
         self.logger.removeFilter(self)
-        self.logger.setLevel(logging.NOTSET)
+        self.logger.setLevel(self.level)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        self.count += "runcat" in record.getMessage()
-        return record.levelno > logging.WARNING
+        is_cut = "runcat" in record.getMessage()  # truncating, Truncation
+        self.count += is_cut
+        return not is_cut
 
 
 def _score(result: dict[str, Any], num_fewshot: int | None) -> TaskScore:

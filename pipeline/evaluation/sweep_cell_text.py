@@ -33,6 +33,11 @@ def mean_text(measure: Measure, mean: float | None) -> str:
     return f"{mean:.3f}" if "perplexity" in measure.key and mean < 10 else number(mean)
 
 
+def seeds_text(number_of_seeds: int) -> str:
+    """`1 seed`, `2 seeds`."""
+    return f"{number_of_seeds} seed{'s' * (number_of_seeds > 1)}"
+
+
 def with_error(measure: Measure, mean: float, error: float, sign: str = "") -> str:
     """Mean ± error, both rounded at the third digit of the larger; accuracies in percent.
 
@@ -76,7 +81,7 @@ def cell_text(
     if grid.is_off_level(row, level):
         remarks.append(f"at {grid.measured_sparsity(row, level):.3f}")
     if len(values) < len(grid.seeds):
-        remarks.append(f"{len(values)} seed{'s' * (len(values) > 1)}")
+        remarks.append(seeds_text(len(values)))
     return f"{text} ({'; '.join(remarks)})" if remarks else text
 
 

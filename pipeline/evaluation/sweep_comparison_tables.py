@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from pipeline.evaluation.formats import number
 from pipeline.evaluation.markdown import escape, table
 from pipeline.evaluation.summary import NOT_MEASURED
-from pipeline.evaluation.sweep_cell_text import BROKEN, NOT_FINITE, level_text, with_error
+from pipeline.evaluation.sweep_cell_text import (
+    BROKEN,
+    NOT_FINITE,
+    level_text,
+    seeds_text,
+    with_error,
+)
 from pipeline.evaluation.sweep_comparison import Comparison, Verdict, compare, peer
 from pipeline.evaluation.sweep_grid import Measure, SweepGrid
 
@@ -86,6 +92,8 @@ def _cell(
         return NOT_MEASURED
     mark = f" {BROKEN}" if grid.is_broken(measure, row, level) else ""
     numbers = _numbers(measure, compared)
+    if compared.num_seeds < len(grid.seeds):
+        numbers += f"<br>{seeds_text(compared.num_seeds)}"
     if compared.num_seeds == 1:
         return numbers + mark
     return f"{VERDICT_TEXTS[compared.verdict]}{mark}<br>{numbers}"

@@ -18,7 +18,7 @@ from pipeline.config import END_FRACTION, TRAINING_STAGES, Config
 from pipeline.errors import UserError
 from pipeline.lock import check_lock
 from pipeline.models.lora import LoraConfig, lora_config, lora_layers, merged_state_dict
-from pipeline.ranks import is_main, on_main, wait_for_all
+from pipeline.ranks import is_main, on_main
 from pipeline.sparsity.masks import save_masks
 from pipeline.sparsity.movement import MovementRule
 from pipeline.sparsity.refine import RefinementRule
@@ -244,12 +244,14 @@ def _leave_student(
     best = None if heldout is None else on_main(lambda: read_best(out))
     if best is None:
         save_student(trainer, out)
-    elif is_main():
-        adopt_best(out)
-    if is_main():
+
+    def leave() -> None:
+        if best is not None:
+            adopt_best(out)
         write_json(out / REFINEMENTS_FILE, sparsity.refinements)
         write_json(out / LOG_FILE, [finite_logs(logs) for logs in trainer.state.log_history])
-    wait_for_all()
+
+    on_main(leave)
     return best
 
 

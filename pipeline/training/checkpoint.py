@@ -132,8 +132,7 @@ def add_sparsity(
             to know: `layout`, `batch`, `topology_changes`.
     """
     save_state(checkpoint, state, weights)
-    if is_main():
-        write_json(checkpoint / STATE_FILE, note)
+    on_main(partial(write_json, checkpoint / STATE_FILE, note))
 
 
 def load_sparsity(

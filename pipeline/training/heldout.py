@@ -131,10 +131,12 @@ class HeldoutCallback(TrainerCallback):
 
     def keep(self, checkpoint: Path) -> None:
         """Adds the measurements and the best student to a checkpoint. Every rank calls it."""
-        if is_main():
+
+        def write() -> None:
             write_json(checkpoint / FILE, [asdict(found) for found in self.measurements])
             copy_best(self.folder, checkpoint)
-        wait_for_all()
+
+        on_main(write)
 
     def resume(self, checkpoint: Path | None) -> None:
         """Takes them from a checkpoint; None begins anew. Every rank calls it."""

@@ -40,7 +40,7 @@ def test_nothing_is_written_where_another_process_is_at_work_by_now(tmp_path):
         lambda: folder.write_record("prune", {"done": True}),
         lambda: save_rollouts(folder.root / "rollouts.jsonl", [], {}),
     ):
-        with pytest.raises(UserError, match="took this run over"):
+        with pytest.raises(UserError, match="saves nothing more"):
             write()
     assert sorted(path.name for path in folder.root.iterdir()) == ["model.tmp", "prune"]
     assert not folder.is_done("prune")

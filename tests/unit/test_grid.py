@@ -68,11 +68,18 @@ def test_a_shipped_grid_is_whole(path, tmp_path):
     grid = read_typed(path, Grid, "rows")
     assert (ROOT / grid.config).exists()
     assert grid.headline in grid.rows
-    check(grid, plan(grid, tmp_path))
+    check(grid, plan(grid, tmp_path), lambda config: None)
 
 
-def test_a_fault_in_any_cell_shows_before_the_first_run(tmp_path, capsys):
-    rows = "{fine: {}, wrong: {rewards.sparsity_weight: 1.0}}"
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        ("rewards.sparsity_weight: 1.0", "rewards.sparsity_weight: 1.0: "),
+        ("student.path: runs/not/there", "student.path: 'runs/not/there'"),
+    ],
+)
+def test_a_fault_in_any_cell_shows_before_the_first_run(tmp_path, capsys, value, fault):
+    rows = f"{{fine: {{}}, wrong: {{{value}}}}}"
     path = tmp_path / "grid.yaml"
     path.write_text(
         "title: t\nconfig: configs/quickstart.yaml\nkeys: {}\nlevels: {0.9: {}}\nseeds: [1]\n"
@@ -81,7 +88,7 @@ def test_a_fault_in_any_cell_shows_before_the_first_run(tmp_path, capsys):
     assert main(["--config", str(path), "--output_dir", str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: wrong at 0.9, seed 1: ")
-    assert "rewards.sparsity_weight: 1.0: " in message
+    assert fault in message
     assert not (tmp_path / "out" / "runs").exists()
 
 

@@ -132,7 +132,7 @@ def test_a_lock_that_was_never_written_is_taken_over(tmp_path, content):
 
 def test_a_lock_that_cannot_be_removed_is_refused(tmp_path):
     (tmp_path / LOCK_FILE).mkdir()  # no user can open this one; root could, one of another user
-    with pytest.raises(UserError, match=f"if nothing runs there, delete {tmp_path}/lock"):
+    with pytest.raises(UserError, match=f"cannot be removed; or .*, delete {tmp_path}/lock"):
         take_lock(tmp_path)
 
 
@@ -165,13 +165,26 @@ def test_whose_lock_was_taken_over_may_not_write_there(tmp_path, change, said):
     else:
         (run / LOCK_FILE).write_text(change)
     left = {path: path.read_bytes() for path in run.iterdir()}
-    with pytest.raises(UserError, match=f"--output_dir: {run}/{said}.*took this run over"):
+    with pytest.raises(UserError, match=f"--output_dir: {run}/{said}.*saves nothing more"):
         check_lock(run / "grpo" / "checkpoint-1")
     assert is_taken_over(run)
     check_lock(other / "file")
     release_lock(run, mine)
     assert {path: path.read_bytes() for path in run.iterdir()} == left
     check_lock(run / "file")
+
+
+def test_a_folder_of_a_run_on_another_disk_is_the_runs_all_the_same(tmp_path):
+    run, scratch = tmp_path / "run", tmp_path / "scratch"
+    run.mkdir(), scratch.mkdir()
+    (run / "grpo").symlink_to(scratch)
+    (tmp_path / "link").symlink_to(run)
+    mine = take_lock(run)
+    hold(run, host="elsewhere")
+    for path in (run / "grpo" / "checkpoint-1", tmp_path / "link" / "log"):
+        with pytest.raises(UserError, match="saves nothing more"):
+            check_lock(path)
+    release_lock(run, mine)
 
 
 def test_who_comes_late_to_a_stale_lock_leaves_the_new_one(tmp_path):
