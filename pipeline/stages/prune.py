@@ -32,6 +32,9 @@ from pipeline.stages.inputs import (
 )
 from pipeline.stages.measure import measure, reference_completions, to_json
 
+MAX_KEPT_ZEROS = 0.01
+"""Share of the kept weights from which zeros among them are worth a warning."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -109,7 +112,7 @@ def _prune(
     student: PreTrainedModel, batches: list[CalibrationBatch], config: Config, sparsity: float
 ) -> dict[str, torch.Tensor]:
     values = config.prune
-    return prune_model(
+    masks = prune_model(
         student,
         batches,
         method=values.method,
@@ -125,6 +128,25 @@ def _prune(
         seed=config.run.seed,
         progress="prune",
     )
+    _warn_of_kept_zeros(student, masks)
+    return masks
+
+
+def _warn_of_kept_zeros(student: PreTrainedModel, masks: dict[str, torch.Tensor]) -> None:
+    """Of a student that came with zeros in other places than the mask has them."""
+    weights = prunable_weights(student)
+    num_kept = sum(int(mask.sum()) for mask in masks.values())
+    zeros = sum(
+        int((mask.to(weights[name].device) & (weights[name] == 0)).sum())
+        for name, mask in masks.items()
+    )
+    if zeros > MAX_KEPT_ZEROS * num_kept:
+        logger.warning(
+            "prune: %.0f %% of the kept weights are zero already: the student came with zeros, and "
+            "this mask does not follow them; one that does: prune.method: magnitude, prune.scope: "
+            "model, prune.redistribution: none",
+            100 * zeros / num_kept,
+        )
 
 
 def _start_masks(

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from pipeline.artifacts import RunFolder, hash_json
 from pipeline.config_loading import load_config
@@ -14,13 +15,17 @@ from pipeline.evaluation.harness import TaskScore
 from pipeline.evaluation.perplexity import Perplexity
 from pipeline.evaluation.report import Measurements
 from pipeline.evaluation.sampled_accuracy import SampledAccuracy
+from pipeline.models.loading import load_tokenizer
+from pipeline.models.prunable import prunable_weights
 from pipeline.sparsity.schedule import Waiting
 from pipeline.stages import sweep
 from pipeline.stages.measure import comparable, from_json, to_json
 from pipeline.stages.provenance import settle, stage_inputs
+from pipeline.stages.prune import _prune
 from pipeline.stages.training import end_step, first_step, stage_sparsity
 from pipeline.stages.verification import mask_reward
 from pipeline.training.mask_choice import MaskReward
+from tests.unit.tiny_models import tiny
 
 CONFIG = "configs/quickstart.yaml"
 SHORT = {"distill.max_steps": 40, "grpo.max_steps": 20}
@@ -217,6 +222,19 @@ def test_measurements_come_back_and_lose_what_was_taken_otherwise():
     shown = replace(found, zero_shot={"toy": TaskScore("acc", 0.5, None, 4, num_fewshot=5)})
     assert comparable(found, shown).zero_shot is None
     assert comparable(found, bare).zero_shot == found.zero_shot
+
+
+@pytest.mark.parametrize(("scope", "warns"), [("matrix", True), ("model", False)])
+def test_a_mask_that_keeps_zeros_a_student_came_with_is_warned_of(caplog, scope, warns):
+    student = tiny(load_tokenizer("bundled"), 0)
+    with torch.no_grad():
+        next(iter(prunable_weights(student).values())).zero_()
+    values = {"run.stages": ["prune"], "prune.method": "magnitude", "prune.scope": scope}
+    masks = _prune(student, [], load_config(None, values | {"prune.redistribution": "none"}), 0.5)
+    weights = prunable_weights(student)
+    kept_zeros = sum(int((mask & (weights[name] == 0)).sum()) for name, mask in masks.items())
+    assert (kept_zeros > 0) == warns
+    assert ("the student came with zeros" in caplog.text) == warns
 
 
 def test_a_mask_is_judged_by_the_weights_of_the_reward_mix():
