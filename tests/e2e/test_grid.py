@@ -17,7 +17,7 @@ def test_cells_are_measured_once_and_a_failed_run_is_named(tmp_path):
         "title": "two rows",
         "config": "configs/quickstart.yaml",
         "keys": SMALL | {"run.stages": STAGES, "distill.max_steps": 4, "distill.rollouts": 64},
-        "levels": [0.75],
+        "levels": {0.75: {}},
         "seeds": [5],
         "headline": "moving",
         "rows": {
@@ -36,7 +36,7 @@ def test_cells_are_measured_once_and_a_failed_run_is_named(tmp_path):
     again = run(tmp_path, grid)
     assert again.returncode == 0
     assert again.stdout == ""
-    grid["rows"] = {"moving": {"distill.max_steps": "many"}}
+    grid["rows"] = {"moving": {"distill.lr_scheduler_type": "none of them"}}
     failed = run(tmp_path, grid)
     assert failed.returncode == 2
     assert failed.stderr.startswith("error: moving at 0.75, seed 5: failed; see ")
