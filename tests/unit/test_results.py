@@ -56,6 +56,11 @@ def test_the_page_is_what_results_hold():
     assert results.render(page, ROOT / "results") == page
 
 
+def test_the_page_names_every_file_of_results():
+    page = (ROOT / "RESULTS.md").read_text()
+    assert not [path.name for path in (ROOT / "results").iterdir() if path.stem not in page]
+
+
 def test_means_spreads_and_broken_cells(folder):
     page = results.render(MARKER.format("{file: sweep, measure: kl}"), folder)
     assert "| method | 0.50 | 0.90 |" in page
