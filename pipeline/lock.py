@@ -40,6 +40,10 @@ _taken: dict[Path, "Owner"] = {}
 logger = logging.getLogger(__name__)
 
 
+class TakenOver(UserError):
+    """The run folder is another process's by now, which ends the whole run."""
+
+
 @dataclass(frozen=True)
 class Owner:
     """Who holds a lock."""
@@ -119,7 +123,7 @@ def check_lock(path: Path) -> None:
         path: Anywhere; outside the folders whose lock this process took there is nothing to ask.
 
     Raises:
-        UserError: The lock names another process, or is gone.
+        TakenOver: The lock names another process, or is gone.
     """
     for folder, me in _taken.items():
         if not _lies_in(path, folder):
@@ -131,7 +135,7 @@ def check_lock(path: Path) -> None:
             if owner == me:
                 continue
             found = f"names {_text(owner)}, which took this run over"
-        raise UserError(
+        raise TakenOver(
             f"--output_dir: {lock} {found}; this start ends here and saves nothing more; if no run "
             "is at work there, the same command goes on from the last checkpoint"
         )
@@ -147,7 +151,7 @@ def is_taken_over(path: Path) -> bool:
     """Whether `check_lock` would end this process."""
     try:
         check_lock(path)
-    except (UserError, OSError):
+    except (TakenOver, OSError):
         return True
     return False
 

@@ -29,6 +29,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.report import Measurements
 from pipeline.evaluation.sweep_tables import write_sweep_report
 from pipeline.evaluation.unigram import unigram_perplexity
+from pipeline.lock import TakenOver
 from pipeline.models.loading import load_model
 from pipeline.models.prompts import encode_answer
 from pipeline.models.prunable import prunable_weights
@@ -141,6 +142,8 @@ def _cell(
     recovers = level in row.sweep.recover_levels
     try:
         pruned = _prune(row, work, inputs, dense, saves=recovers)
+    except TakenOver:
+        raise
     except UserError as error:
         if row.prune.method in STRUCTURED and str(error).startswith("prune.sparsity"):
             logger.info("sweep: left out: %s", error)

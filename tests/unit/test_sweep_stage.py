@@ -9,10 +9,13 @@ from pipeline.artifacts import RunFolder
 from pipeline.config_loading import load_config
 from pipeline.errors import UserError
 from pipeline.evaluation.agreement import agreement_with_teacher
+from pipeline.lock import LOCK_FILE, release_lock, take_lock
 from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.stages import sweep
 from pipeline.stages.inputs import open_task, open_teacher
 from pipeline.stages.measure import reference_completions
+
+SMALL_TASK = {"task.num_calibration": 2, "task.num_train": 20, "task.num_test": 6}
 
 
 def test_kl_is_to_the_dense_student_when_the_teacher_is_another_model(tmp_path):
@@ -25,9 +28,7 @@ def test_kl_is_to_the_dense_student_when_the_teacher_is_another_model(tmp_path):
         "configs/sweep.yaml",
         {
             "teacher.path": str(tmp_path / "teacher"),
-            "task.num_calibration": 2,
-            "task.num_train": 20,
-            "task.num_test": 6,
+            **SMALL_TASK,
             "sweep.rows": {"magnitude": {"method": "magnitude", "redistribution": "none"}},
             "sweep.headline": "magnitude",
             "sweep.levels": [0.0, 0.5],
@@ -51,9 +52,7 @@ def test_a_sweep_without_any_cell_is_refused(tmp_path):
     config = load_config(
         "configs/sweep.yaml",
         {
-            "task.num_calibration": 2,
-            "task.num_train": 20,
-            "task.num_test": 6,
+            **SMALL_TASK,
             "sweep.rows": {"SDMPrune-style": {"method": "sdmprune", "redistribution": "none"}},
             "sweep.headline": None,
             "sweep.levels": [0.95],
@@ -63,3 +62,18 @@ def test_a_sweep_without_any_cell_is_refused(tmp_path):
     folder = RunFolder.open(tmp_path / "run")
     with pytest.raises(UserError, match=r"sweep\.levels: \[0\.95\]: no row"):
         sweep.run(config, folder, open_task(config), folder.stage("sweep"))
+
+
+def test_a_run_taken_over_within_a_cell_is_no_fault_of_its_row(tmp_path, monkeypatch):
+    config = load_config("configs/sweep.yaml", SMALL_TASK | {"sweep.seeds": [1]})
+    folder = RunFolder.open(tmp_path / "run")
+    owner = take_lock(folder.root)
+
+    def lose_the_lock_meanwhile(row, work, *_):
+        (folder.root / LOCK_FILE).unlink()
+        work.write_record("prune", {})
+
+    monkeypatch.setattr(sweep.prune, "one_shot", lose_the_lock_meanwhile)
+    with pytest.raises(UserError, match=r"^--output_dir: .* is gone, so another start"):
+        sweep._cells_of_seed(config, 1, "", None, folder.stage("sweep"))
+    release_lock(folder.root, owner)
