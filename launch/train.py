@@ -127,7 +127,9 @@ def parse_command_line(argv: list[str]) -> tuple[argparse.Namespace, dict[str, A
         raise UserError(_unknown_argument(rest))
     if options.stages is not None:
         overrides["run.stages"] = [name.strip() for name in options.stages.split(",")]
-    if options.resume not in RESUME_WORDS and not Path(options.resume).is_dir():
+    if options.resume not in RESUME_WORDS and not (
+        options.resume and Path(options.resume).is_dir()
+    ):
         near = difflib.get_close_matches(options.resume, RESUME_WORDS, n=1) or RESUME_WORDS
         raise UserError(
             f"--resume: {options.resume}: neither a checkpoint folder nor one of "

@@ -47,6 +47,7 @@ from pipeline.stages.provenance import is_current, settle, stage_inputs
 from pipeline.stages.training import end_step, max_steps, refining_stages
 from pipeline.stopping import STATUS, Stopped, acting
 from pipeline.training.arguments import check_trl_values
+from pipeline.training.manifest import quick_fault
 from pipeline.training.safe_loading import force_safe_loading
 from pipeline.training.trackers import keep_tracker_run, uses_tracker
 
@@ -90,7 +91,7 @@ def run(config: Config, *, output_dir: Path, resume: str = "auto") -> None:
         if is_main():
             (folder.root / "exit_status").unlink(missing_ok=True)
         with acting(alone=world_size() == 1):
-            checkpoint = _checkpoint(folder, resume)
+            checkpoint = on_main(partial(resumed_checkpoint, config, folder, resume))
             on_main(partial(settle, config, folder, resume))
             _run_and_tell(config, folder, inputs, checkpoint)
         status = 0
@@ -192,11 +193,11 @@ def _finish(stage: str, folder: RunFolder, record: dict[str, Any], seconds: floa
     logger.info("%s: done in %.0f s", stage, record["seconds"])
 
 
-def _checkpoint(folder: RunFolder, resume: str) -> Path | None:
-    """The checkpoint that `--resume PATH` names.
+def resumed_checkpoint(config: Config, folder: RunFolder, resume: str) -> Path | None:
+    """The checkpoint that `--resume PATH` names, None where it is not a path.
 
     Raises:
-        UserError: It is not a folder of an unfinished stage of this run.
+        UserError: It is not a whole one of an unfinished stage that this run is to go through.
     """
     if resume in ("auto", "redo", "never"):
         return None
@@ -209,6 +210,13 @@ def _checkpoint(folder: RunFolder, resume: str) -> Path | None:
         )
     if folder.is_done(stage):
         raise UserError(f"--resume: {stage} is done in {folder.root}; set --resume auto or redo")
+    if stage not in config.run.stages:
+        raise UserError(
+            f"--resume: {resume!r} is a checkpoint of {stage}, which is none of run.stages, "
+            f"[{', '.join(config.run.stages)}]; add it there, or set --resume auto"
+        )
+    if (fault := quick_fault(path)) is not None:
+        raise UserError(f"--resume: {path} is not whole ({fault}); set --resume auto")
     return path
 
 

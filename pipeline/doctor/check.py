@@ -28,7 +28,7 @@ from pipeline.models.loading import load_architecture
 from pipeline.models.paths import resolve_model
 from pipeline.ranks import is_main
 from pipeline.rules.batches import prompt_fault
-from pipeline.run import open_inputs, quiet_libraries
+from pipeline.run import open_inputs, quiet_libraries, resumed_checkpoint
 from pipeline.stages.inputs import TaskInputs
 from pipeline.stages.provenance import stage_to_redo
 from pipeline.training.arguments import (
@@ -140,6 +140,7 @@ def _describe_folder(
     text += f"{', '.join(done)} done before" if done else "nothing done yet"
     facts.append(("run folder", text))
     try:
+        resumed_checkpoint(config, folder, resume)
         moved = stage_to_redo(config, folder, resume)
     except UserError as error:
         faults.append(str(error))

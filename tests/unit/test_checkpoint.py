@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from pipeline.config import Config
 from pipeline.errors import UserError
+from pipeline.stages.training import train
 from pipeline.training.checkpoint import (
     check_whole,
     later_checkpoints,
@@ -140,6 +143,21 @@ def test_trainers_rotate_after_the_new_one_is_whole_and_save_by_the_clock(tokeni
     pairs = [["checkpoint-1"], *([f"checkpoint-{i}", f"checkpoint-{i + 1}"] for i in range(1, 5))]
     assert saved == pairs
     assert newest_whole_checkpoint(tmp_path / "out").name == "checkpoint-5"
+
+
+def test_an_earlier_checkpoint_that_is_asked_for_ends_as_the_straight_run(tokenizer, tmp_path):  # noqa: F811
+    """Those after it would be gone on from at the next start: they are set aside."""
+    out, ends = tmp_path / "run" / "distill", []
+    for checkpoint in (None, out / "checkpoint-2"):
+        trainer = distill_trainer(tokenizer, out, 5)
+        trainer.args.save_steps = 2
+        sparsity = sparsity_of(trainer.model, tmp_path / "prune")
+        train(Config(), None, trainer, sparsity, out, checkpoint)
+        ends.append(trainer.model.state_dict())
+    assert [step["step"] for step in sparsity.refinements] == [1, 2, 3, 4]
+    assert all(torch.equal(weight, ends[1][name]) for name, weight in ends[0].items())
+    aside = sorted(path.name for path in (tmp_path / "run" / "old").glob("*/distill/*"))
+    assert aside == ["checkpoint-4", "checkpoint-5"]
 
 
 FILL = """

@@ -17,6 +17,7 @@ from pipeline.evaluation.report import Measurements
 from pipeline.evaluation.sampled_accuracy import SampledAccuracy
 from pipeline.models.loading import load_tokenizer
 from pipeline.models.prunable import prunable_weights
+from pipeline.run import resumed_checkpoint
 from pipeline.sparsity.schedule import Waiting
 from pipeline.stages import sweep
 from pipeline.stages.measure import comparable, from_json, to_json
@@ -24,6 +25,7 @@ from pipeline.stages.provenance import settle, stage_inputs
 from pipeline.stages.prune import _prune
 from pipeline.stages.training import end_step, first_step, stage_sparsity
 from pipeline.stages.verification import mask_reward
+from pipeline.training.manifest import write_manifest
 from pipeline.training.mask_choice import MaskReward
 from tests.unit.tiny_models import tiny
 
@@ -270,3 +272,25 @@ def test_the_node_that_serves_vllm_is_no_input(tmp_path):
         for host, port in (("a", {}), ("b", {"grpo.vllm_server_port": 1}))
     )
     assert stage_inputs("grpo", one, folder) == stage_inputs("grpo", other, folder)
+
+
+def test_the_checkpoint_to_go_on_from_is_one_that_this_run_will_read(tmp_path):
+    config = load_config(CONFIG, SHORT | {"run.stages": ["prune", "distill"]})
+    folder = RunFolder.open(tmp_path / "run")
+    places = {
+        "elsewhere/checkpoint-1": "is not a checkpoint of this run",
+        "run/distill": "is not a checkpoint of this run",
+        "run/prune/model": "is not a checkpoint of this run",
+        "run/grpo/checkpoint-1": r"is a checkpoint of grpo, which is none of run\.stages",
+        "run/distill/checkpoint-1": r"is not whole \(no manifest\.json",
+    }
+    for place, says in places.items():
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        with pytest.raises(UserError, match=rf"^--resume: .*{says}"):
+            resumed_checkpoint(config, folder, str(tmp_path / place))
+    checkpoint = tmp_path / "run" / "distill" / "checkpoint-1"
+    write_manifest(checkpoint)
+    assert resumed_checkpoint(config, folder, str(checkpoint)) == checkpoint
+    folder.write_record("distill", {"done": True})
+    with pytest.raises(UserError, match=r"^--resume: distill is done in"):
+        resumed_checkpoint(config, folder, str(checkpoint))
