@@ -58,6 +58,21 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """Reads what `write_json` wrote.
+
+    Raises:
+        UserError: It is damaged: we leave no part of a file, but a disk or an editor may.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"--output_dir: {path} is damaged ({error}); delete it to have it made anew, or set "
+            "another --output_dir"
+        ) from None
+
+
 @contextmanager
 def replaced_folder(path: Path) -> Iterator[Path]:
     """Gives a temporary folder that becomes `path` when the block ends without an exception.
@@ -102,8 +117,11 @@ def installed_versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of this repository, with `+changes` when the tree differs; None outside git."""
-    command = ["git", "-C", str(Path(__file__).parent)]
+    """The commit of this repository, with `+changes` when the tree differs; None outside git.
+
+    Without git's optional lock, which a run stopped meanwhile would leave behind.
+    """
+    command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run(
             [*command, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
@@ -151,7 +169,7 @@ class RunFolder:
     def record(self, name: str) -> dict[str, Any] | None:
         """A stage's record, or None when it never began."""
         path = self.stage(name) / RECORD_FILE
-        return json.loads(path.read_text()) if path.exists() else None
+        return read_json(path) if path.exists() else None
 
     def is_done(self, name: str) -> bool:
         """Whether a stage has finished."""

@@ -1,8 +1,19 @@
-"""The run folder: atomic writes, records, moves."""
+"""The run folder: atomic writes, records, moves; the commit that made it."""
+
+import os
+import subprocess
 
 import pytest
 
-from pipeline.artifacts import RunFolder, changed_inputs, hash_json, replaced_folder, write_json
+from pipeline import artifacts
+from pipeline.artifacts import (
+    RunFolder,
+    changed_inputs,
+    git_commit,
+    hash_json,
+    replaced_folder,
+    write_json,
+)
 from pipeline.errors import UserError
 from pipeline.lock import LOCK_FILE, release_lock, take_lock
 from pipeline.rollouts import save_rollouts
@@ -61,6 +72,33 @@ def test_records_and_moves(tmp_path):
     assert (first / "grpo" / "stage.json").exists()
     assert (second / "grpo" / "stage.json").exists()
     assert folder.is_done("prune")
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    folder = RunFolder.open(tmp_path / "run")
+    folder.write_record("prune", {"done": True})
+    path = folder.stage("prune") / "stage.json"
+    path.write_text(path.read_text()[:-3])
+    with pytest.raises(UserError, match=f"^--output_dir: {path} is damaged .*; delete it"):
+        folder.is_done("prune")
+
+
+def test_asking_for_the_commit_leaves_the_repository_alone(tmp_path, monkeypatch):
+    """Else a run that is stopped meanwhile leaves `index.lock` behind."""
+    file, index = tmp_path / "pipeline" / "artifacts.py", tmp_path / ".git" / "index"
+    file.parent.mkdir()
+    file.write_text("")
+    who = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for words in (("init", "-q"), ("add", "."), (*who, "commit", "-qm", "first")):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    os.utime(file, (1, 1))  # git status would write down the new time
+    before = index.read_bytes()
+    monkeypatch.setattr(artifacts, "__file__", str(file))
+    commit = git_commit()
+    assert len(commit) == 40
+    assert index.read_bytes() == before
+    file.write_text("changed")
+    assert git_commit() == f"{commit}+changes"
 
 
 def test_a_file_in_the_way_is_refused(tmp_path):
