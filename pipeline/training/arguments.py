@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.models.prompts import CHAT_TEMPLATE_ARGUMENTS
 from pipeline.training.teacher_placement import placement_fault
 from pipeline.training.topology import check_topology
-from pipeline.training.trackers import run_name
+from pipeline.training.trackers import run_name, tracker_faults
 
 
 def distill_arguments(config: Config, output_dir: Path) -> SFTConfig:
@@ -59,8 +59,8 @@ def check_trl_values(config: Config) -> None:
     """Builds the argument classes, so that a bad value is reported before any stage starts.
 
     Raises:
-        UserError: Names every section that TRL refuses, with TRL's reason, and what of the
-            launcher's settings no sparse student can be trained with.
+        UserError: Names every section that TRL refuses, with TRL's reason, what of the launcher's
+            settings no sparse student can be trained with, and trackers that are not there.
     """
     faults = []
     muon = config.distill.muon_learning_rate is not None
@@ -77,6 +77,7 @@ def check_trl_values(config: Config) -> None:
                 faults.append(str(error))
             else:
                 faults += _teacher_faults(config, stage, arguments)
+                faults += tracker_faults(stage, arguments)
     forget_deepspeed()
     if faults:
         raise UserError("\n".join(faults))

@@ -3,18 +3,21 @@
 `tracker.json` in the run folder holds an id, made once. wandb reads it from WANDB_RUN_ID, and with
 WANDB_RESUME=allow continues that run; trackio continues a run of the same name, so the name of
 `run_name` holds it too. All stages of a run folder are one run there. What the user has set, in the
-environment or as `run_name`, is left alone.
+environment or as `run_name`, is left alone. A tracker whose package is missing is found before the
+first stage, not by the trainer of a later one.
 
 Left out: MLflow and Comet, whose servers give the ids; TensorBoard, the default, which has none:
 its events lie in `tensorboard/<stage>/` of the run folder.
 """
 
-import json
 import os
 import secrets
 from pathlib import Path
 
-from pipeline.artifacts import write_json
+from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+
+from pipeline.artifacts import read_json, write_json
 from pipeline.config import TRAINING_STAGES, Config
 
 TRACKER_FILE = "tracker.json"
@@ -25,6 +28,30 @@ def uses_tracker(config: Config) -> bool:
     stages = [stage for stage in config.run.stages if stage in TRAINING_STAGES]
     values = [getattr(config, stage).trl_values.get("report_to") for stage in stages]
     return any(value not in (None, "none", [], ["none"]) for value in values)
+
+
+def tracker_faults(stage: str, arguments: TrainingArguments) -> list[str]:
+    """What keeps the trackers of a stage from being used: a name nobody knows, a missing package.
+
+    Args:
+        stage: A training stage.
+        arguments: Its arguments.
+
+    Returns:
+        One message for each.
+    """
+    faults = []
+    for name in arguments.report_to:
+        try:
+            (callback,) = get_reporting_integration_callbacks([name])
+            callback()
+        except (ValueError, TypeError, RuntimeError, ImportError) as error:
+            reason = str(error).rstrip(".")
+            faults.append(
+                f"{stage}.report_to: {name}: {reason}; set tensorboard or none instead, or install "
+                "what it needs"
+            )
+    return faults
 
 
 def keep_tracker_run(root: Path) -> None:
@@ -42,7 +69,7 @@ def keep_tracker_run(root: Path) -> None:
 def tracker_id(root: Path) -> str | None:
     """The id of a run folder; None where no tracker is used."""
     path = root / TRACKER_FILE
-    return json.loads(path.read_text())["id"] if path.exists() else None
+    return read_json(path)["id"] if path.exists() else None
 
 
 def run_name(root: Path) -> str | None:

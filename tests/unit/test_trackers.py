@@ -5,7 +5,8 @@ import os
 import pytest
 
 from pipeline.config_loading import load_config
-from pipeline.training.arguments import distill_arguments
+from pipeline.errors import UserError
+from pipeline.training.arguments import check_trl_values, distill_arguments
 from pipeline.training.trackers import TRACKER_FILE, keep_tracker_run, tracker_id, uses_tracker
 
 STEPS = {"distill.max_steps": 9, "grpo.max_steps": 9, "distill.bf16": False}
@@ -55,3 +56,13 @@ def test_the_name_holds_the_id(tmp_path):
 def test_only_where_something_is_reported(report_to, wanted):
     assert uses_tracker(load_config(None, STEPS | {"grpo.report_to": report_to})) == wanted
     assert not uses_tracker(load_config(None, STEPS))
+
+
+def test_a_tracker_that_is_not_there_is_found_before_the_first_stage():
+    config = load_config(None, STEPS | {"grpo.report_to": ["tensorboard", "wandbb", "dvclive"]})
+    with pytest.raises(UserError) as caught:
+        check_trl_values(config)
+    unknown, missing = str(caught.value).splitlines()
+    assert unknown.startswith("grpo.report_to: wandbb: wandbb is not supported, only ")
+    assert missing.startswith("grpo.report_to: dvclive: DVCLiveCallback requires dvclive to be in")
+    assert missing.endswith("; set tensorboard or none instead, or install what it needs")
