@@ -6,6 +6,7 @@ ends as it is told; whole runs are in `test_runs.py`.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import SEARCH_PATH, Cluster
 
 pytestmark = pytest.mark.slurm
 
@@ -161,6 +162,30 @@ def test_a_start_that_slurm_gave_up_leaves_the_next_one_alone(project):
     slurm.run("scancel", job)
     slurm.start_node(node)
     slurm.wait(lambda: set(slurm.node_states().values()) == {"idle"}, "all nodes are idle")
+
+
+DEAF = """#!/bin/sh
+echo >>"asked-$SLURM_JOB_ID"
+[ "$(wc -l <"asked-$SLURM_JOB_ID")" -gt "$FAILURES" ] && exec {squeue} "$@"
+exit 1
+"""
+
+
+def test_a_job_goes_on_when_slurm_answers_again_and_is_left_alone_where_it_never_does(project):
+    squeue = project.folder / ".venv" / "bin" / "squeue"
+    squeue.write_text(DEAF.format(squeue=shutil.which("squeue", path=SEARCH_PATH)))
+    squeue.chmod(0o755)
+    soon, never = (
+        project.submit(arguments=("--output_dir", failures), ENDS="75", FAILURES=failures)
+        for failures in ("1", "9")
+    )
+    project.slurm.wait(lambda: len(project.calls()) == 2, "both jobs run")
+    for job in (soon, never):
+        project.slurm.run("scancel", "--batch", "--signal=USR1", job)
+    ended = project.slurm.wait_for_end(soon, 90)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
+    ended = project.slurm.wait_for_end(never, 90)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "75:0", "0")
 
 
 def test_an_old_exit_status_does_not_count(project):
