@@ -177,7 +177,7 @@ def _number(match: re.Match | None) -> Decimal | None:
     if match is None or len(match["digits"]) > MAX_DIGITS:
         return None
     value = Decimal(match["digits"].replace(",", ""))
-    return -value if match["minus"] else value
+    return value.copy_negate() if match["minus"] else value  # `-value` rounds to 28 digits
 
 
 def _last_number(text: str) -> Decimal | None:
