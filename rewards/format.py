@@ -11,6 +11,9 @@ from collections.abc import Callable
 from rewards.correctness import completion_text, score_batch
 from rewards.time_limit import TIME_LIMIT_SECONDS, TimeLimited
 
+NO_PATTERN = (re.error, OverflowError, RecursionError)
+"""What `re.compile` raises: `(`, `a{99999999999}`, ten thousand brackets."""
+
 
 def matches(completion: str, pattern: str) -> float:
     """Search without a limit. An expression is compiled once, by `re`."""
@@ -34,7 +37,7 @@ class Format:
         """
         try:
             re.compile(pattern)
-        except re.error as error:
+        except NO_PATTERN as error:
             raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
         self.pattern = pattern
         self.search = TimeLimited("rewards.format:matches", seconds)

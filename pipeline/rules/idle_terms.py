@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 from pipeline.config import END_FRACTION, TRAINING_STAGES, Config
 from pipeline.rules.fault import Fault
+from rewards.format import NO_PATTERN
 
 MIN_DIFFERENCE = 0.01
 """Sparsity by which the second of two masks is sparser at least."""
@@ -77,7 +78,7 @@ def matches_everything(pattern: str) -> bool:
     """Whether it is certain that `re.search` finds a regular expression in every text."""
     try:
         return re.search(pattern, "") is not None and LOOKS_AROUND.search(pattern) is None
-    except re.error:
+    except NO_PATTERN:
         return False
 
 

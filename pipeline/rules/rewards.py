@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from pipeline.config import Config
 from pipeline.rules.fault import Fault
+from rewards.format import NO_PATTERN
 
 
 def format_faults(config: Config) -> Iterator[Fault]:
@@ -20,7 +21,7 @@ def format_faults(config: Config) -> Iterator[Fault]:
         )
     try:
         re.compile(pattern or "")
-    except re.error as error:
+    except NO_PATTERN as error:
         yield Fault(
             "rewards.format_pattern",
             pattern,

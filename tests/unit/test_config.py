@@ -477,6 +477,11 @@ LORA = {"lora.r": 4, "movement.kept": "displacement"}
             "rewards.format_pattern",
             "mend it",
         ),
+        (
+            {"rewards.functions": ["format"], "rewards.format_pattern": "a{99999999999}"},
+            "rewards.format_pattern",
+            "mend it",
+        ),
         ({"rewards.teacher_kl_top_k": 8}, "rewards.teacher_kl_top_k", "set null"),
         (
             {"rewards.teacher_kl_direction": "reverse", "rewards.teacher_kl_place": "reward"},

@@ -148,6 +148,7 @@ def test_a_term_that_may_act_is_not(overrides):
         ("(?<!a)b*", False),
         ("(?=a)|", False),
         ("(", False),
+        ("a{99999999999}", False),
     ],
 )
 def test_a_pattern_is_refused_only_where_it_matches_every_text(pattern, is_certain):

@@ -143,6 +143,8 @@ def test_format_with_an_exponential_expression_does_not_hang():
 def test_format_refuses_what_is_no_expression():
     with pytest.raises(ValueError, match=r"^'\(' is no regular expression: missing \)"):
         Format("(")
+    with pytest.raises(ValueError, match="is no regular expression: the repetition number"):
+        Format("a{99999999999}")
     with pytest.raises(ValueError, match=r"^'format' needs a regular expression"):
         build_rewards(["format"], None, exact)
 
