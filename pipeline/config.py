@@ -196,7 +196,7 @@ class ScoreParts(_Section):
     activation: bool = True
     """Norm of the weight's input activation over the calibration tokens."""
     movement: bool = True
-    """Movement -g*w from calibration gradients."""
+    """Movement |g*w| from calibration gradients, summed over sequences."""
 
 
 class PruneConfig(_Section):
