@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.artifacts import RunFolder, hash_file, replaced_folder
 from pipeline.config import TRAINING_STAGES, Config, EvaluateConfig
@@ -18,6 +18,7 @@ from pipeline.evaluation.text_perplexity import text_windows
 from pipeline.models.loading import (
     check_model,
     check_same_tokenizer,
+    load_architecture,
     load_model,
     load_tokenizer,
 )
@@ -54,8 +55,8 @@ def open_task(config: Config) -> TaskInputs:
     """Loads the task, the student's tokenizer, and what evaluation looks at beside the task.
 
     Raises:
-        UserError: The task, its verifier or the tokenizer cannot be loaded, the text is shorter
-            than one window, or a zero-shot task is unknown.
+        UserError: The task, its verifier or the tokenizer cannot be loaded, the padding token has
+            no embedding, the text is shorter than one window, or a zero-shot task is unknown.
     """
     values = config.task
     task = load_task(
@@ -73,6 +74,12 @@ def open_task(config: Config) -> TaskInputs:
     tokenizer = load_tokenizer(
         student.path, revision=student.revision, trust_remote_code=student.trust_remote_code
     )
+    if tokenizer.pad_token_id >= _student_architecture(config).vocab_size:
+        raise UserError(
+            f"student.path: the model {student.path!r} has no embedding for its padding token "
+            f"{tokenizer.pad_token!r}, number {tokenizer.pad_token_id}; save the tokenizer with "
+            "another pad_token, or the model after resize_token_embeddings()"
+        )
     try:
         verifier = find_verifier(values.verifier, values.time_limit_seconds)
     except ValueError as error:
@@ -128,11 +135,29 @@ def check_teacher(config: Config, student_tokenizer: PreTrainedTokenizerBase) ->
     """Makes sure that the teacher shares the student's vocabulary.
 
     Raises:
-        UserError: Its tokenizer cannot be loaded or differs.
+        UserError: Its tokenizer cannot be loaded or differs, or one model's head has entries that
+            the other's lacks.
     """
     values = config.teacher
     tokenizer = load_tokenizer(values.path, key="teacher.path", revision=values.revision)
     check_same_tokenizer(student_tokenizer, tokenizer)
+    student = _student_architecture(config).vocab_size
+    teacher = load_architecture(
+        values.path, key="teacher.path", revision=values.revision
+    ).vocab_size
+    if student != teacher:
+        raise UserError(
+            f"teacher.path: the heads of student and teacher have {student} and {teacher} entries, "
+            "which a KL compares one by one; set a teacher whose config.json has the student's "
+            "vocab_size"
+        )
+
+
+def _student_architecture(config: Config) -> PretrainedConfig:
+    values = config.student
+    return load_architecture(
+        values.path, revision=values.revision, trust_remote_code=values.trust_remote_code
+    )
 
 
 def open_teacher(config: Config) -> PreTrainedModel:

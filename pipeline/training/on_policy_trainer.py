@@ -43,21 +43,13 @@ class OnPolicyTrainer(SparseTrainer, DistillationTrainer):
             **kwargs: As in `DistillationTrainer`, without `teacher_model`.
 
         Raises:
-            UserError: The placement does not go with the device or the layout, or one model's head
-                has entries the other's lacks.
+            UserError: The placement does not go with the device or the layout.
         """
         super().__init__(args=args, **kwargs)
         if teacher_placement == "cpu" and self.accelerator.device.type != "cpu":
             raise UserError(
                 "teacher.placement: cpu: stage on_policy compares the whole distributions of "
                 "student and teacher on one device; set device or zero3 instead"
-            )
-        sizes = self.model.config.vocab_size, teacher.config.vocab_size
-        if sizes[0] != sizes[1]:
-            raise UserError(
-                f"teacher.path: the heads of student and teacher have {sizes[0]} and {sizes[1]} "
-                "entries, and stage on_policy compares them one by one; set a teacher whose "
-                "config.json has the student's vocab_size, or leave the stage out"
             )
         self.teacher_model = place_teacher(teacher, teacher_placement, self.accelerator)
         if self.is_deepspeed_enabled and teacher_placement != "zero3":

@@ -7,6 +7,7 @@ import pytest
 
 from launch.train import main
 from pipeline import lock
+from pipeline.models.loading import load_model
 from pipeline.models.paths import BUNDLED_MODEL
 
 QUICKSTART = ["--config", "configs/quickstart.yaml"]
@@ -129,6 +130,28 @@ def test_tokenizers_that_differ(capsys, tmp_path):
     (teacher / "tokenizer.json").write_text(json.dumps(content))
     message = refused(capsys, tmp_path / "run", "--teacher.path", str(teacher))
     assert "different tokenizers" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_heads_that_differ(capsys, tmp_path):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(BUNDLED_MODEL, teacher)
+    model = load_model(str(teacher))
+    size = model.config.vocab_size
+    model.resize_token_embeddings(80)
+    model.save_pretrained(teacher)
+    message = refused(capsys, tmp_path / "run", "--teacher.path", str(teacher))
+    assert f"teacher.path: the heads of student and teacher have {size} and 80 entries" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_padding_token_without_an_embedding(capsys, tmp_path):
+    student = tmp_path / "student"
+    shutil.copytree(BUNDLED_MODEL, student)
+    content = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps(content | {"vocab_size": 0}))
+    message = refused(capsys, tmp_path / "run", "--student.path", str(student))
+    assert "has no embedding for its padding token" in message
     assert not (tmp_path / "run").exists()
 
 
