@@ -41,6 +41,7 @@ from pipeline.stages.inputs import (
     check_teacher,
     device,
     open_task,
+    student_source,
 )
 from pipeline.stages.interim import write_interim
 from pipeline.stages.provenance import is_current, settle, stage_inputs
@@ -77,8 +78,8 @@ def run(config: Config, *, output_dir: Path, resume: str = "auto") -> None:
     quiet_libraries()
     force_safe_loading()
     check_trl_values(config)
-    inputs = open_inputs(config)
     check_models(config)
+    inputs = open_inputs(config)
     fault = prompt_fault(config, len(inputs.task.train))
     if fault is not None:
         raise UserError(fault)
@@ -135,7 +136,14 @@ def _run_and_tell(
 def _run_stages(
     config: Config, folder: RunFolder, inputs: TaskInputs, checkpoint: Path | None
 ) -> None:
-    """Runs what is not done, in order."""
+    """Runs what is not done, in order.
+
+    Raises:
+        UserError: The first stage trains or exports a student that is not there.
+    """
+    first = config.run.stages[0]
+    if first in ON_EVERY_RANK or first == "export":
+        on_main(partial(student_source, folder, first))
     if is_main():
         write_text(folder.root / "config.yaml", to_yaml(config))
         if uses_tracker(config):

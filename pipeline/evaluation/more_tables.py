@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.evaluation.formats import number, percent
+from pipeline.evaluation.formats import number, percent_within
 from pipeline.evaluation.harness import METRICS
 from pipeline.evaluation.summary import MODELS, NOT_MEASURED, Report
 
@@ -36,10 +36,7 @@ def _pass_at_k(found: Mapping[str, Any]) -> Table:
     names = [name for name in MODELS if name in found]
     rows = [["answers", *names]]
     for k in found[names[0]]:
-        cells = []
-        for name in names:
-            low, high = found["ci95"][name][k]
-            cells.append(f"{percent(found[name][k])} [{100 * low:.1f}, {100 * high:.1f}]")
+        cells = [percent_within(found[name][k], found["ci95"][name][k]) for name in names]
         rows.append([f"pass@{k}", *cells])
     return Table(
         "Sampled accuracy",
@@ -57,7 +54,7 @@ def _zero_shot(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
     for task in tasks:
         scores = [found[name].get(task) for name in names]
         known = next(score for score in scores if score is not None)
-        rows.append([task, _shots(known), known["metric"], *(_score(score) for score in scores)])
+        rows.append([task, _shots(known), known["metric"], *map(score_text, scores)])
     shared = [task for task in tasks if all(task in found[name] for name in names)]
     note = (
         "lm-evaluation-harness; how many solved examples the prompt has; value and standard error."
@@ -76,7 +73,8 @@ def _shots(score: Mapping[str, Any]) -> str:
     return "mixed" if shots is None else str(shots)
 
 
-def _score(score: Mapping[str, Any] | None) -> str:
+def score_text(score: Mapping[str, Any] | None) -> str:
+    """Value and standard error of one model on one task, as `TaskScore` in report.json."""
     if score is None:
         return NOT_MEASURED
     if score["metric"] not in METRICS:

@@ -97,7 +97,7 @@ def plot_movement(histograms: Mapping[str, Mapping]) -> Picture:
         axes.set_xscale("log")
         plain_numbers(axes.xaxis)
         axes.set_xlabel(f"{label}, log scale)")
-        axes.margins(y=0.35)
+        axes.margins(y=0.65)  # room for the legend
         axes.set_ylim(bottom=0)
         axes.set_ylabel("share of the\nweights in each bin")
         axes.yaxis.set_major_formatter(percent_axis(decimals=1))

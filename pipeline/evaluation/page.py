@@ -26,6 +26,8 @@ from pipeline.evaluation.figures import Picture, for_dark_page, write_picture
 OWN_TAGS = re.compile(r"<details><summary>[\w ,]*</summary>|</details>|<br>")
 NARROW = "(max-width: 34rem)"
 DARK = "(prefers-color-scheme: dark)"
+UNBROKEN = re.compile(r"(?<=^[✓✗]) |(?<=,) (?=[+-]?[\d.]+\])")
+"""Blanks that end no line: after a mark, and within an interval."""
 MARKS = {"✓": "right", "✗": "wrong"}
 """First character of a cell to the class that colours it."""
 SHELL = """\
@@ -87,6 +89,12 @@ def _raw_html(
     return content if OWN_TAGS.fullmatch(content.strip()) else escape_html(content)
 
 
+def _text(
+    renderer: RendererHTML, tokens: Sequence[Token], index: int, options: Any, env: dict
+) -> str:
+    return escape_html(UNBROKEN.sub("\N{NO-BREAK SPACE}", tokens[index].content))
+
+
 def _image(
     renderer: RendererHTML, tokens: Sequence[Token], index: int, options: Any, env: dict
 ) -> str:
@@ -134,6 +142,7 @@ def _cell_open(
 RULES = {
     "html_block": _raw_html,
     "html_inline": _raw_html,
+    "text": _text,
     "image": _image,
     "table_open": _table_open,
     "table_close": _table_close,

@@ -20,7 +20,7 @@ from pipeline.evaluation.figures import (
     percent_axis,
     plain_numbers,
 )
-from pipeline.evaluation.formats import number, percent
+from pipeline.evaluation.formats import percent, perplexity_text
 from pipeline.evaluation.intervals import Interval
 
 MODEL_COLOURS = {
@@ -85,15 +85,14 @@ def plot_perplexity(perplexity: Mapping[str, float | None], *, on: str) -> Pictu
     """
     perplexity = {name: value for name, value in perplexity.items() if value is not None}
     last = list(perplexity)[-1]
-    title = f"The {last} model has a perplexity of {number(perplexity[last])}"
+    title = f"The {last} model has a perplexity of {perplexity_text(perplexity[last])}"
     if last != "dense" and "dense" in perplexity:
-        title += f", the dense model {number(perplexity['dense'])}"
+        title += f", the dense model {perplexity_text(perplexity['dense'])}"
     figure, (axes,) = new_figure(title, 0.45 * len(perplexity) + 1.5)
     for name, value in perplexity.items():
         axes.plot(value, name, "o", color=MODEL_COLOURS[name], markersize=10)
-        axes.annotate(
-            number(value), (value, name), (10, 0), textcoords="offset points", va="center"
-        )
+        text = perplexity_text(value)
+        axes.annotate(text, (value, name), (10, 0), textcoords="offset points", va="center")
     low, high = min(perplexity.values()), max(perplexity.values())
     is_log = high > 10 * low
     if is_log:

@@ -10,9 +10,10 @@ from functools import partial
 from typing import Any
 
 from pipeline.evaluation.figures import Picture
-from pipeline.evaluation.formats import duration, number, percent
+from pipeline.evaluation.formats import duration, number, percent, percent_within, perplexity_text
 from pipeline.evaluation.intervals import paired_difference_interval
 from pipeline.evaluation.markdown import escape, picture_link, table
+from pipeline.evaluation.more_tables import score_text
 from pipeline.evaluation.summary import MODELS, NOT_FINITE, NOT_MEASURED, Report, text_table
 from pipeline.evaluation.training_curves import Log
 
@@ -20,8 +21,8 @@ Rows = list[list[str]]
 
 UNSET = "not set"
 NUMBERS = {
-    "perplexity": ("perplexity", number),
-    "text perplexity": ("text_perplexity", number),
+    "perplexity": ("perplexity", perplexity_text),
+    "text perplexity": ("text_perplexity", perplexity_text),
     "KL to teacher": ("kl_to_teacher", number),
     "top-1 as teacher": ("top1_with_teacher", percent),
 }
@@ -57,6 +58,7 @@ def result_rows(runs: Sequence[Run]) -> Rows:
         for model in MODELS:
             name = f"{measure}, {model}"
             rows.append(_row(name, runs, partial(_number, key=key, model=model, show=show)))
+    rows += _more_rows(runs)
     rows += [
         _row("time", runs, lambda r: duration(sum(r.report["timing"].values()))),
         _row("device hours", runs, lambda r: number(_total(r, "device_hours"))),
@@ -87,8 +89,28 @@ def _stages(run: Run) -> str:
 
 def _accuracy(run: Run, model: str) -> str:
     accuracy = run.report["accuracy"]
-    low, high = accuracy["ci95"][model]
-    return f"{percent(accuracy[model])} [{100 * low:.1f}, {100 * high:.1f}]"
+    return percent_within(accuracy[model], accuracy["ci95"][model])
+
+
+def _more_rows(runs: Sequence[Run]) -> Rows:
+    """What only some runs measure: sampled accuracy, and tasks of lm-evaluation-harness."""
+
+    def pass_at(run: Run, model: str, name: str) -> str:
+        found = run.report["pass_at_k"]
+        return percent_within(found[model][name], found["ci95"][model][name])
+
+    def score(run: Run, model: str, name: str) -> str:
+        return score_text(run.report["zero_shot"][model][name])
+
+    rows = []
+    for key, prefix, cell in (("pass_at_k", "pass@", pass_at), ("zero_shot", "", score)):
+        found = [run.report.get(key, {}).get(model, ()) for run in runs for model in MODELS]
+        rows += [
+            _row(f"{prefix}{name}, {model}", runs, partial(cell, model=model, name=name))
+            for name in dict.fromkeys(name for names in found for name in names)
+            for model in MODELS
+        ]
+    return rows
 
 
 def _number(run: Run, *, key: str, model: str, show: Callable[[float], str]) -> str:

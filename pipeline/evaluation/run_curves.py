@@ -8,7 +8,6 @@ Left out: completion length and the single terms of the reward, which each run's
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -128,14 +127,11 @@ def _draw(axes: Axes, name: str, curves: Sequence[Curve], style: Mapping[str, st
 
 
 def _count_steps(axes: Axes, borders: Sequence[float]) -> None:
-    """Ticks at the middle and the end of each stage, counted from where it begins."""
-    share_width(axes, borders)
-    ticks = {borders[0]: 0}
-    for start, stop in pairwise(borders):
-        middle = (stop - start) // 2
-        ticks |= {start + middle: middle} if middle else {}
-        ticks[stop] = stop - start
-    axes.set_xticks(list(ticks), [f"{steps:,g}" for steps in ticks.values()])
+    """Ticks counted from where each stage begins, its last step among them."""
+    ticks = share_width(axes, borders)
+    starts = [max((start for start in borders if start < tick), default=0) for tick in ticks]
+    labels = [f"{tick - start:,g}" for tick, start in zip(ticks, starts, strict=True)]
+    axes.set_xticks(ticks, labels)
     axes.set_xlabel("optimizer step of each stage")
 
 

@@ -3,12 +3,13 @@
 The terminal shows exactly this when a run ends; `markdown.py` shows it among more.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from pipeline.evaluation.figures import Picture
-from pipeline.evaluation.formats import number, percent
+from pipeline.evaluation.formats import number, percent, percent_within, perplexity_text
 from pipeline.models.prompts import Prompt
 
 MODELS = ("teacher", "dense", "pruned", "distilled", "on_policy", "student")
@@ -62,14 +63,15 @@ class RunDescription:
 
 def model_table(report: Report) -> list[list[str]]:
     """Header and one row of text for each model of which anything was measured."""
+    perplexity_cell = partial(_number_cell, show=perplexity_text)
     columns = {
         "accuracy [95 % interval]": ("accuracy", _accuracy_cell),
-        "perplexity": ("perplexity", _number_cell),
+        "perplexity": ("perplexity", perplexity_cell),
         "KL to teacher": ("kl_to_teacher", _number_cell),
         "top-1 as teacher": ("top1_with_teacher", _percent_cell),
     }
     if "text_perplexity" in report:
-        columns["text perplexity"] = ("text_perplexity", _number_cell)
+        columns["text perplexity"] = ("text_perplexity", perplexity_cell)
     parts = [report.get(key, {}) for key, _ in columns.values()]
     rows = [
         [name, *(cell(report.get(key, {}), name) for key, cell in columns.values())]
@@ -82,14 +84,15 @@ def model_table(report: Report) -> list[list[str]]:
 def _accuracy_cell(accuracy: Mapping[str, Any], name: str) -> str:
     if name not in accuracy:
         return NOT_MEASURED
-    low, high = accuracy["ci95"][name]
-    return f"{percent(accuracy[name])} [{100 * low:.1f}, {100 * high:.1f}]"
+    return percent_within(accuracy[name], accuracy["ci95"][name])
 
 
-def _number_cell(values: Mapping[str, float | None], name: str) -> str:
+def _number_cell(
+    values: Mapping[str, float | None], name: str, show: Callable[[float], str] = number
+) -> str:
     if name not in values:
         return NOT_MEASURED
-    return NOT_FINITE if values[name] is None else number(values[name])
+    return NOT_FINITE if values[name] is None else show(values[name])
 
 
 def _percent_cell(values: Mapping[str, float], name: str) -> str:

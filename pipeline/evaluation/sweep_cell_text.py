@@ -9,7 +9,7 @@ many seeds where not all of the sweep's are there. Bold: the best of its level.
 import math
 from collections.abc import Sequence
 
-from pipeline.evaluation.formats import number, percent
+from pipeline.evaluation.formats import number, percent, perplexity_text
 from pipeline.evaluation.summary import NOT_MEASURED
 from pipeline.evaluation.sweep_grid import Measure, SweepGrid
 
@@ -23,14 +23,14 @@ def level_text(level: float) -> str:
 
 
 def mean_text(measure: Measure, mean: float | None) -> str:
-    """One number without a spread; perplexities, which stand on 1, with three decimals up to 10."""
+    """One number without a spread; perplexities as `perplexity_text`."""
     if mean is None:
         return NOT_MEASURED
     if not math.isfinite(mean):
         return NOT_FINITE
     if measure.key == "accuracy":
         return percent(mean)
-    return f"{mean:.3f}" if "perplexity" in measure.key and mean < 10 else number(mean)
+    return (perplexity_text if "perplexity" in measure.key else number)(mean)
 
 
 def seeds_text(number_of_seeds: int) -> str:

@@ -31,7 +31,7 @@ def text_windows(
         token_ids: The whole text.
         seq_len: Tokens of a window.
         stride: Tokens from one window's start to the next one's, at most `seq_len`.
-        key: The config key the text came from, for messages.
+        key: The config key the text came from, with its value or without, for messages.
 
     Returns:
         Context as prompt, scored tokens as completion, in the order of the text.

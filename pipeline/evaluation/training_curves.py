@@ -37,6 +37,8 @@ AS_MEASURED = ("accuracy", "sparsity")
 """Not noisy, and drawn without a running mean."""
 MIN_STAGE_WIDTH = 0.3
 """Of the picture, before the shares are made to add up to 1."""
+MIN_LABELLED_WIDTH = 0.3
+"""Of the picture, below which the middle of a stage has no label of its own."""
 MAX_RATIO = 30
 """Of the largest value to the smallest, beyond which an axis is logarithmic."""
 
@@ -127,12 +129,15 @@ def name_stages(axes: Axes, starts: Mapping[str, float]) -> None:
         )
 
 
-def share_width(axes: Axes, borders: Sequence[float]) -> None:
+def share_width(axes: Axes, borders: Sequence[float]) -> list[float]:
     """Gives a short stage a part of the width in which it can be seen.
 
     Args:
         axes: Of a figure whose panels share the horizontal axis.
         borders: Steps at which stages begin, and the last one.
+
+    Returns:
+        The ticks: borders, and middles of stages where there is room for a label.
     """
     widths = np.diff(borders)
     shares = np.maximum(widths / max(1, borders[-1]), MIN_STAGE_WIDTH)
@@ -140,8 +145,10 @@ def share_width(axes: Axes, borders: Sequence[float]) -> None:
     forward = partial(np.interp, xp=borders, fp=places)
     back = partial(np.interp, xp=places, fp=borders)
     axes.set_xscale("function", functions=(forward, back))
-    middles = np.add(borders[:-1], widths / 2)
-    axes.set_xticks(sorted([*borders, *middles]))
+    middles = np.add(borders[:-1], widths // 2)[np.diff(places) >= MIN_LABELLED_WIDTH]
+    ticks = sorted({*borders, *middles.tolist()})
+    axes.set_xticks(ticks)
+    return ticks
 
 
 def scale_values(axes: Axes, name: str, values: Sequence[float]) -> None:

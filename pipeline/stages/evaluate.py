@@ -17,6 +17,7 @@ from pipeline.evaluation.completions import TokenPair
 from pipeline.evaluation.report import Measurements, Report, build_report, write_report
 from pipeline.evaluation.summary import RunDescription, Sample, terminal_summary
 from pipeline.models.loading import load_model
+from pipeline.models.paths import resolve_model
 from pipeline.models.prunable import measured_sparsity
 from pipeline.stages.drawing import draw
 from pipeline.stages.inputs import (
@@ -36,7 +37,7 @@ from pipeline.stages.measure import (
     text_in_words,
     to_json,
 )
-from pipeline.stages.run_facts import asked, facts, settings
+from pipeline.stages.run_facts import asked, command, facts, settings
 
 BETWEEN = {"distill": "distilled", "on_policy": "on_policy"}
 """Stages whose student is no more the final one when another has trained it, and its name then."""
@@ -52,9 +53,9 @@ def run(config: Config, folder: RunFolder, inputs: TaskInputs, out: Path) -> Non
     report = _report(config, folder, measured, student)
     description = RunDescription(
         name=folder.root.resolve().name,
-        asked=asked(config, inputs),
+        asked=asked(config, folder, inputs),
         settings=settings(config),
-        command=f"accelerate launch launch/train.py --config {folder.root / 'config.yaml'}",
+        command=command(config, folder),
         student_path=str(_student_path(config, folder)),
         example_prompt=inputs.format(inputs.task.test[0].prompt),
         max_new_tokens=config.evaluate.max_new_tokens,
@@ -118,8 +119,11 @@ def _measure_all(
 
 
 def _student_path(config: Config, folder: RunFolder) -> str | Path:
+    """What transformers can load; `bundled` is a word of ours alone."""
     last = stage_before(folder, "evaluate")
-    return config.student.path if last is None else folder.stage(last) / "model"
+    if last is None:
+        return resolve_model(config.student.path, "student.path")
+    return folder.stage(last) / "model"
 
 
 def _report(

@@ -111,7 +111,8 @@ def _text_ids(values: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> lis
         values.text_path, "evaluate.text_", subset=values.text_subset, split=values.text_split
     )
     token_ids = tokenizer(text, verbose=False)["input_ids"]
-    text_windows(token_ids, seq_len=values.text_seq_len, stride=values.text_stride)
+    key = f"evaluate.text_path: {values.text_path!r}"
+    text_windows(token_ids, seq_len=values.text_seq_len, stride=values.text_stride, key=key)
     return token_ids
 
 

@@ -16,7 +16,7 @@ from pipeline.evaluation.summary import RunDescription
 from pipeline.stages.drawing import draw
 from pipeline.stages.inputs import TaskInputs, stage_before
 from pipeline.stages.measure import COMPLETIONS, from_json, text_in_words
-from pipeline.stages.run_facts import asked, facts, settings
+from pipeline.stages.run_facts import asked, command, facts, settings
 from pipeline.stopping import Stopped, held
 
 logger = logging.getLogger(__name__)
@@ -63,9 +63,9 @@ def _write(
     last = stage_before(folder, "evaluate")
     description = RunDescription(
         name=folder.root.resolve().name,
-        asked=asked(config, inputs),
+        asked=asked(config, folder, inputs),
         settings=settings(config),
-        command=f"accelerate launch launch/train.py --config {folder.root / 'config.yaml'}",
+        command=command(config, folder),
         student_path=None if last is None else str(folder.stage(last) / "model"),
         example_prompt=inputs.format(inputs.task.test[0].prompt),
         max_new_tokens=config.evaluate.max_new_tokens,

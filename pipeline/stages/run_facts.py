@@ -1,6 +1,7 @@
 """What a report says beside measurements, from the config and the records of the stages."""
 
 import json
+from shlex import quote
 from typing import Any
 
 from pipeline.artifacts import STAGES, RunFolder, git_commit, hash_json, installed_versions
@@ -9,7 +10,7 @@ from pipeline.stages.inputs import TaskInputs
 from pipeline.stages.training import REFINEMENTS_FILE
 
 
-def asked(config: Config, inputs: TaskInputs) -> dict[str, str]:
+def asked(config: Config, folder: RunFolder, inputs: TaskInputs) -> dict[str, str]:
     """What was asked for, in words."""
     told = {
         "Student": config.student.path,
@@ -24,7 +25,19 @@ def asked(config: Config, inputs: TaskInputs) -> dict[str, str]:
     else:
         told["Pruning"] = f"{config.prune.method}, redistribution {config.prune.redistribution}"
         told["Sparsity"] = f"{config.prune.sparsity:g} of the prunable weights"
-    return told | {"Stages": ", ".join(config.run.stages)}
+    return told | {"Stages": ", ".join(_stages(config, folder))}
+
+
+def command(config: Config, folder: RunFolder) -> str:
+    """What makes this run again, also one whose stages ran in several commands."""
+    told = f"accelerate launch launch/train.py --config {quote(str(folder.root / 'config.yaml'))}"
+    stages = _stages(config, folder)
+    return told if stages == config.run.stages else f"{told} --stages {','.join(stages)}"
+
+
+def _stages(config: Config, folder: RunFolder) -> list[str]:
+    """Those of this command and those that were done before, in order."""
+    return [name for name in STAGES if name in config.run.stages or folder.is_done(name)]
 
 
 def settings(config: Config) -> dict[str, Any]:

@@ -40,13 +40,27 @@ def truncate(folder):
     weights.write_bytes(weights.read_bytes()[:100_000])
 
 
+def test_a_stage_whose_student_is_not_there(capsys, tmp_path):
+    out = tmp_path / "run"
+    for stage in ("distill", "export"):
+        message = refused(capsys, out, "--stages", stage, "--task.num_test", "2").splitlines()[-1]
+        assert message.startswith(f"error: run.stages: {stage} needs a pruned student")
+        assert f"set --stages prune,{stage}" in message
+    assert {path.name for path in out.iterdir()} == {"exit_status"}
+
+
+def of_another_family(folder):
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    (folder / "tokenizer.json").unlink()  # nor is its tokenizer one of ours
+
+
 NO_MODEL = {
     "has no config.json": (
         lambda folder: (folder / "config.json").unlink(),
         "holds no config.json",
     ),
     "is of another family": (
-        lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"}'),
+        of_another_family,
         "is a 'gpt2' model; supported: llama",
     ),
     "has a list as config": (
@@ -93,7 +107,7 @@ def test_a_text_shorter_than_one_window(capsys, tmp_path):
     text.write_text("05#38=")
     arguments = ["--evaluate.text_path", str(text), "--evaluate.text_seq_len", "512"]
     message = refused(capsys, tmp_path / "run", *arguments)
-    assert message.startswith("error: evaluate.text_path: its text has 4 tokens and does not fill")
+    assert message.startswith(f"error: evaluate.text_path: '{text}': its text has 4 tokens")
     assert len(message.splitlines()) == 1
     assert not (tmp_path / "run").exists()
 

@@ -66,6 +66,29 @@ def test_students_of_other_prompts_are_not_paired(tmp_path, capsys, change):
     assert lines_of(capsys)["student minus that of one"].endswith("+0.0 points, other prompts")
 
 
+def test_pass_at_k_and_zero_shot_scores_stand_beside_each_other(tmp_path, capsys):
+    one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two")
+    score = {"metric": "acc", "value": 0.5, "stderr": 0.01, "num_documents": 99, "num_fewshot": 0}
+    found = {
+        "pass_at_k": {"student": {"1": 0.5, "8": 0.75}, "ci95": {"student": {"8": [0.7, 0.8]}}},
+        "zero_shot": {"student": {"piqa": score}, "dense": {"race": score | {"stderr": None}}},
+    }
+    found["pass_at_k"]["ci95"]["student"]["1"] = [0.4, 0.6]
+    report = json.loads((tmp_path / "two" / "report.json").read_text())
+    (tmp_path / "two" / "report.json").write_text(json.dumps(report | found))
+    assert main([one, two]) == 0
+    lines = lines_of(capsys)
+    wanted = {
+        "pass@1, student": "- 50.0 % [40.0, 60.0]",
+        "pass@8, student": "- 75.0 % [70.0, 80.0]",
+        "piqa, student": "- 50.00 ± 1.00 %",
+        "race, dense": "- 50.00 %",
+    }
+    found = {name: " ".join(lines[name].removeprefix(name).split()) for name in wanted}
+    assert found == wanted
+    assert "race, student" not in lines
+
+
 def test_an_unfinished_run_is_shown_with_what_it_has(tmp_path, capsys):
     one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", is_done=False)
     assert main([one, two]) == 0

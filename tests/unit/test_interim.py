@@ -63,6 +63,16 @@ def test_a_run_that_failed_midway(config, inputs, folder):
     assert "<script>" not in (folder.root / "report.html").read_text()
 
 
+def test_the_command_repeats_the_stages_of_earlier_commands_too(config, inputs, folder):
+    later = load_config("configs/quickstart.yaml", SMALL | {"run.stages": ["distill", "grpo"]})
+    for asked, stages in ((config, ""), (later, " --stages prune,distill,grpo")):
+        write_interim(asked, folder, inputs, None)
+        page = page_of(folder)
+        command = f"accelerate launch launch/train.py --config {folder.root}/config.yaml{stages}\n"
+        assert command in page
+    assert "| Stages | prune, distill, grpo |" in page
+
+
 def test_a_run_that_was_stopped(config, inputs, folder):
     write_interim(config, folder, inputs, Stopped("SIGTERM"))
     assert "Stopped by SIGTERM in stage distill; the same command goes on." in page_of(folder)

@@ -98,10 +98,11 @@ def test_nothing_is_loaded_from_elsewhere(tmp_path):
 
 
 def test_tables_scroll_and_marks_are_coloured():
-    page = render_page("# T\n\n" + table([["a", "b"], ["✓ yes", "✗ no"]]), {})
+    rows = [["a", "b"], ["✓ yes it is", "✗ no"], ["9.0 % [8.6, 9.5]", "-9.0 % [-8.6, +9.5]"]]
+    page = render_page("# T\n\n" + table(rows), {}).replace("\N{NO-BREAK SPACE}", "_")
     assert '<div class="scroll" tabindex="0"' in page
-    assert '<td class="right">✓ yes</td>' in page
-    assert '<td class="wrong">✗ no</td>' in page
+    assert '<td class="right">✓_yes it is</td>' in page
+    assert '<td class="wrong">✗_no</td>' in page
 
 
 def test_details_open_and_close():

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from pipeline.evaluation import training_plots
+from pipeline.evaluation import movement_plot, training_plots
 from pipeline.evaluation.figures import DARK_PAGE, for_dark_page
 from pipeline.evaluation.movement_plot import movement_histogram, plot_movement
 from pipeline.evaluation.plots import plot_accuracy, plot_layer_sparsity, plot_perplexity
@@ -47,7 +47,7 @@ def test_accuracy_of_one_model_alone():
 def test_perplexity(worst):
     values = {"dense": 1.03, "pruned": worst, "student": 1.09}
     picture = plot_perplexity(values, on="the reference answers")
-    assert picture.title == "The student model has a perplexity of 1.09, the dense model 1.03"
+    assert picture.title == "The student model has a perplexity of 1.090, the dense model 1.030"
     assert_picture(picture)
 
 
@@ -161,6 +161,17 @@ def test_movement_where_nothing_moved_and_nothing_is_pruned():
     }
     picture = plot_movement(histograms)
     assert_picture(picture)
+
+
+def test_no_line_of_movement_runs_through_the_legend(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(movement_plot, "finish", lambda figure, title: drawn.append(figure))
+    low = movement_histogram([torch.tensor([1e-9, -1e-9] * 9 + [1.0])])
+    plot_movement({"gradient": low, "proposed": low})
+    drawn[0].draw_without_rendering()
+    for axes in drawn[0].axes:
+        top = max(max(line.get_data().values) for line in axes.patches)
+        assert axes.transData.transform((1, top))[1] < axes.get_legend().get_window_extent().y0
 
 
 def test_squared_movement_says_where_half_of_it_is():

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from pipeline.models.loading import load_tokenizer
 from pipeline.models.prunable import prunable_weights
 from pipeline.run import resumed_checkpoint
 from pipeline.sparsity.schedule import Waiting
-from pipeline.stages import sweep
+from pipeline.stages import evaluate, sweep
 from pipeline.stages.measure import comparable, from_json, to_json
 from pipeline.stages.provenance import settle, stage_inputs
 from pipeline.stages.prune import _prune
@@ -47,6 +48,12 @@ def test_a_later_command_goes_on_where_the_schedule_stood(tmp_path):
     assert end_step(later, folder) == 24
     sparsity = stage_sparsity(later, folder, "grpo", tmp_path)
     assert not any(sparsity.schedule.is_due(sparsity.first_step + step) for step in range(1, 21))
+
+
+def test_a_model_that_was_only_measured_is_tried_from_a_folder_also_the_bundled_one(tmp_path):
+    config = load_config(None, {"run.stages": ["evaluate"]})
+    path = evaluate._student_path(config, RunFolder.open(tmp_path))
+    assert (Path(path) / "config.json").is_file()
 
 
 def test_a_stage_that_ended_early_counts_the_steps_it_took(tmp_path):

@@ -50,6 +50,11 @@ def test_the_name_holds_the_id(tmp_path):
     assert (tmp_path / TRACKER_FILE).exists()
 
 
+@pytest.mark.parametrize("report_to", ["tensorboard", "none", "all", []])
+def test_trackers_that_are_there_are_not_refused(report_to):
+    check_trl_values(load_config(None, STEPS | {"distill.report_to": report_to}))
+
+
 @pytest.mark.parametrize(
     ("report_to", "wanted"), [("none", False), (["none"], False), ("wandb", True), (["x"], True)]
 )
