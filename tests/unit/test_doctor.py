@@ -63,7 +63,8 @@ def test_a_large_llama_is_planned_from_its_config_alone(capsys, tmp_path):
         num_attention_heads=32,
         num_key_value_heads=8,
     )
-    status, out, err = check(capsys, tmp_path / "run", "--student.path", str(student))
+    models = ["--student.path", str(student), "--teacher.path", str(student)]
+    status, out, err = check(capsys, tmp_path / "run", *models)
     assert (status, err) in ((0, ""), (2, err))  # a small disk is a fault here
     assert "8.03 B weights, 6.98 B prunable, 32 layers, 128256 tokens" in out
     assert "no weights there yet" in out
