@@ -2,11 +2,16 @@
 
     python launch/grid.py --config configs/grid/refinement.yaml --output_dir runs/refinement
 
-A cell is `launch/train.py` with the keys of its row, in a run folder of its own, and then a small
-JSON file under `cells/`. A cell that is there is kept as long as its command is the same; one that
-was cut off goes on where it was, and `--known` takes cells from the `grid.json` of another machine.
-That file holds all cells in the form of a sweep, from which `launch/results.py` makes tables.
-`OMP_NUM_THREADS` sets the threads of each run.
+A cell is one run of `launch/train.py` with the keys of its row. Under `--output_dir` are
+
+    runs/      the run folder of each cell, and logs/ what it printed
+    cells/     a small JSON file for each cell that is done
+    table.md   accuracy and KL of all cells, and the headline row against each other one
+    grid.json  all cells in the form of a sweep, from which `launch/results.py` makes tables
+
+A cell that is done is kept as long as its command is the same; after a change of the code or of the
+config file under it, set another folder. One that was cut off goes on where it was, and `--known`
+takes cells from the `grid.json` of another machine. `OMP_NUM_THREADS` sets the threads of each run.
 
 `recovered` of a cell is the student at the end of its run and `pruned` the one-shot student. Its
 sparsity is what it has fewer weights than the teacher, all of them counted, over the teacher's
@@ -30,11 +35,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pydantic import ConfigDict
 
 from launch.typed_yaml import read_typed
-from pipeline.artifacts import RunFolder, git_commit, hash_json, write_json
+from pipeline.artifacts import RunFolder, git_commit, hash_json, write_json, write_text
 from pipeline.config import Config
 from pipeline.config_loading import load_config
 from pipeline.config_yaml import YamlError, parse_yaml
 from pipeline.errors import UserError
+from pipeline.evaluation.markdown import escape
+from pipeline.evaluation.sweep_comparison_tables import against_table
+from pipeline.evaluation.sweep_grid import RECOVERED_ACCURACY, RECOVERED_KL, SweepGrid
+from pipeline.evaluation.sweep_tables import row_table
 from pipeline.stages.paths import check_paths
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -229,12 +238,31 @@ def _summary(measured: dict[str, Any]) -> str:
 
 
 def collect(grid: Grid, cells: list[CellPlan], output: Path) -> None:
-    """Writes the cells that are measured in the form of a sweep, rows in order."""
+    """Writes the cells that are measured, rows in order, as `grid.json` and `table.md`."""
     order = {row: place for place, row in enumerate(grid.rows)}
     found = [json.loads(cell.result.read_text()) for cell in cells if is_measured(cell)]
     found.sort(key=lambda cell: (order[cell["row"]], cell["sparsity"], cell["seed"]))
     description = {"title": grid.title, "headline_row": grid.headline, "config": str(grid.config)}
-    write_json(output, {"description": description, "reference": {}, "cells": found})
+    write_json(output / "grid.json", {"description": description, "reference": {}, "cells": found})
+    if found:
+        write_text(output / "table.md", _page(grid, SweepGrid(found, {}, grid.headline)))
+
+
+def _page(grid: Grid, found: SweepGrid) -> str:
+    """The cells as tables, rows down and levels across."""
+    sections = [
+        f"# {escape(grid.title)}",
+        "## Accuracy of the student",
+        *row_table(found, RECOVERED_ACCURACY, found.rows),
+        "## KL to the teacher, nats per token",
+        *row_table(found, RECOVERED_KL, found.rows),
+    ]
+    if found.cells(grid.headline) and len(found.rows) > 1:
+        sections += [
+            f"## Accuracy of {escape(grid.headline)} less that of each other row, paired by seed",
+            against_table(found, RECOVERED_ACCURACY, found.rows, found.levels),
+        ]
+    return "\n\n".join(sections) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -253,14 +281,14 @@ def main(argv: list[str] | None = None) -> int:
             take_known(cells, arguments.known)
         waiting = [cell for cell in cells if not is_measured(cell)]
         check(grid, waiting, check_paths)
-        collect(grid, cells, arguments.output_dir / "grid.json")
+        collect(grid, cells, arguments.output_dir)
         with ThreadPoolExecutor(arguments.jobs) as pool:
             runs = pool.map(lambda cell: run_cell(grid, cell), waiting)
             for cell, _ in zip(waiting, runs, strict=True):
                 measured = measure(cell)
                 write_json(cell.result, measured)
                 print(_summary(measured), flush=True)
-                collect(grid, cells, arguments.output_dir / "grid.json")
+                collect(grid, cells, arguments.output_dir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT

@@ -50,15 +50,20 @@ def test_cells_are_collected_in_the_order_of_the_rows(tmp_path):
     for cell in cells[1:]:
         cell.result.parent.mkdir(exist_ok=True)
         values = {"row": cell.row, "sparsity": cell.level, "seed": cell.seed}
-        values["command"] = cell.arguments
+        values |= {"command": cell.arguments, "prune": {}, "measured_sparsity": cell.level}
+        values["recovered"] = {"accuracy": 0.25 if cell.row == "a" else 0.75, "kl": 1.0}
         cell.result.write_text(json.dumps(values))
-    collect(GRID, cells, tmp_path / "grid.json")
+    collect(GRID, cells, tmp_path)
     found = json.loads((tmp_path / "grid.json").read_text())
     assert found["description"]["headline_row"] == "b"
     assert [(c["row"], c["sparsity"], c["seed"]) for c in found["cells"]] == [
         ("b", 0.5, 1), ("b", 0.95, 1), ("b", 0.95, 3),
         ("a", 0.5, 1), ("a", 0.5, 3), ("a", 0.95, 1), ("a", 0.95, 3),
     ]  # fmt: skip
+    accuracy, kl, against = (tmp_path / "table.md").read_text().split("\n## ")[1:]
+    assert "| b | **75.0 %** (1 seed) | **75.0 ± 0.0 %** |" in accuracy
+    assert "| a | 1.00 ± 0.00 | 1.00 ± 0.00 |" in kl
+    assert "| a | +50.0 %<br>1 seed | **wins**<br>+50.0 ± 0.0 % |" in against
 
 
 @pytest.mark.parametrize(
