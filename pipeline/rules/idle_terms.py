@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 from pipeline.config import END_FRACTION, TRAINING_STAGES, Config
 from pipeline.rules.fault import Fault
-from rewards.format import NO_PATTERN
+from pipeline.rules.rewards import NO_PATTERN
 
 MIN_DIFFERENCE = 0.01
 """Sparsity by which the second of two masks is sparser at least."""

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 
 from pipeline.config import Config
 from pipeline.rules.fault import Fault
-from rewards.format import NO_PATTERN
+
+NO_PATTERN = (re.error, OverflowError, RecursionError)
+"""What `re.compile` raises: `(`, `a{99999999999}`, ten thousand brackets."""
 
 
 def format_faults(config: Config) -> Iterator[Fault]:
