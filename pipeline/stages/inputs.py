@@ -194,6 +194,15 @@ def model_fingerprint(path: str) -> dict[str, str] | str:
     return {file.name: hash_file(file) for file in sorted(files)}
 
 
+def data_fingerprint(path: str) -> dict[str, str]:
+    """Hashes of a local file or of all files in a folder; empty for `bundled` and the Hub."""
+    local = Path(path).expanduser()
+    files = [local] if local.is_file() else sorted(local.rglob("*"))
+    return {
+        str(file.relative_to(local.parent)): hash_file(file) for file in files if file.is_file()
+    }
+
+
 def stage_before(folder: RunFolder, stage: str) -> str | None:
     """The last finished stage before `stage` that left a student."""
     earlier = (

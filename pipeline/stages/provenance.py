@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.artifacts import STAGES, RunFolder, changed_inputs
 from pipeline.config import TRAINING_STAGES, Config
 from pipeline.errors import UserError
-from pipeline.stages.inputs import model_fingerprint
+from pipeline.stages.inputs import data_fingerprint, model_fingerprint, stage_before
 
 SECTIONS_READ = {
     "prune": ("student", "teacher", "task", "calibration", "prune"),
@@ -35,6 +35,10 @@ KEYS_READ = {
     "sweep": (),
 }
 """Single keys of other sections that are inputs too."""
+
+FILES_READ = {"task": "path", "calibration": "text_path", "evaluate": "text_path"}
+"""Keys of sections that name data. What of it is on disk is an input by its bytes; the rest stands
+for itself."""
 
 VERIFYING_KEYS = (
     ("rewards", "functions"),
@@ -75,6 +79,8 @@ def stage_inputs(stage: str, config: Config, folder: RunFolder) -> dict[str, Any
             name = f"{section}.{key}"
             if name not in HARMLESS_KEYS and not key.startswith(HARMLESS_PREFIXES):
                 keys[name] = value
+            if key == FILES_READ.get(section) and value and (files := data_fingerprint(value)):
+                keys[f"files of {name}"] = files
     verifies = stage in TRAINING_STAGES and config.refine.verify
     for section, key in KEYS_READ[stage] + (VERIFYING_KEYS if verifies else ()):
         keys[f"{section}.{key}"] = getattr(getattr(config, section), key)
@@ -85,6 +91,10 @@ def stage_inputs(stage: str, config: Config, folder: RunFolder) -> dict[str, Any
     keys["files of earlier stages"] = {
         name: (folder.record(name) or {}).get("outputs") for name in earlier if folder.is_done(name)
     }
+    if stage == "evaluate" and stage_before(folder, stage) is None:  # it measures student.path
+        keys["files of earlier stages"] |= {
+            role: model_fingerprint(getattr(config, role).path) for role in ("student", "teacher")
+        }
     return keys
 
 

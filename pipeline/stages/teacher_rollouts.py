@@ -1,10 +1,16 @@
-"""The teacher's completions: sampled once, kept in `rollouts/` with what they come from."""
+"""The teacher's completions: sampled once, kept in `rollouts/` with what they come from.
+
+That is the config's keys, and what these stand for: the rows themselves, the first prompt as tokens
+(the student's tokenizer and chat template), and the hashes of the teacher's files that the run's
+first stage took.
+"""
 
 from collections.abc import Callable
+from typing import Any
 
 from transformers import PreTrainedModel
 
-from pipeline.artifacts import RunFolder
+from pipeline.artifacts import RunFolder, hash_json
 from pipeline.config import Config
 from pipeline.data.tasks import Row
 from pipeline.rollouts import (
@@ -49,7 +55,10 @@ def cached_rollouts(
     path = folder.root / "rollouts" / f"{name}.jsonl"
     provenance = {
         "teacher": config.teacher.model_dump(exclude={"micro_batch_size", "placement"}),
+        "teacher_files": _teacher_files(folder),
         "task": config.task.model_dump(),
+        "rows": hash_json([(row.prompt, row.answer) for row in rows[:num_rollouts]]),
+        "first_prompt": inputs.encode(rows[0].prompt),
         "seed": config.run.seed,
         "num_rollouts": num_rollouts,
         "temperature": temperature,
@@ -77,3 +86,13 @@ def cached_rollouts(
     path.parent.mkdir(exist_ok=True)
     save_rollouts(path, rollouts, provenance)
     return rollouts
+
+
+def _teacher_files(folder: RunFolder) -> Any:
+    """Hashes of the teacher's files, as prune, or evaluate by itself, noted them."""
+    prune, evaluate = (
+        (folder.record(stage) or {}).get("inputs", {}) for stage in ("prune", "evaluate")
+    )
+    return prune.get("files of teacher.path") or evaluate.get("files of earlier stages", {}).get(
+        "teacher"
+    )

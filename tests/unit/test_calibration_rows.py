@@ -1,5 +1,7 @@
 """Where calibration rows come from, on the bundled task and its teacher."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from pipeline.errors import UserError
 from pipeline.rollouts import load_rollouts
 from pipeline.stages.calibration import calibration_set
 from pipeline.stages.inputs import open_task, open_teacher
+from pipeline.stages.teacher_rollouts import cached_rollouts
 
 ROWS = {"task.num_calibration": 6, "task.num_train": 50, "task.num_test": 5}
 IGNORED = -100
@@ -50,6 +53,27 @@ def test_rollouts_are_right_answers_sampled_once(tmp_path, teacher):
     assert path.stat().st_mtime_ns == written
     rows_of(tmp_path, teacher, **{"calibration.temperature": 0.5})
     assert path.stat().st_mtime_ns != written, "completions of another temperature were used"
+
+
+def test_rollouts_of_other_rows_tokens_or_teacher_files_are_not_used(tmp_path, teacher):
+    config = load_config("configs/quickstart.yaml", ROWS)
+    folder, inputs = RunFolder.open(tmp_path), open_task(config)
+    rows, path = inputs.task.calibration, tmp_path / "rollouts" / "some.jsonl"
+
+    def is_used(inputs, rows):
+        written = path.stat().st_mtime_ns if path.exists() else None
+        values = {"num_rollouts": 3, "temperature": 0.0, "max_new_tokens": 2, "progress": "some"}
+        cached_rollouts(folder, "some", config, teacher, inputs, rows, **values)
+        return path.stat().st_mtime_ns == written
+
+    assert not is_used(inputs, rows)
+    assert is_used(inputs, rows)
+    assert not is_used(inputs, rows[::-1])
+    longer = replace(inputs, encode=lambda prompt: inputs.encode(f"00{prompt}"))
+    assert not is_used(longer, rows[::-1])
+    folder.write_record("prune", {"inputs": {"files of teacher.path": {"a": "1"}}})
+    assert not is_used(longer, rows[::-1])
+    assert is_used(longer, rows[::-1])
 
 
 def test_a_teacher_without_right_answers_is_refused(tmp_path, teacher):

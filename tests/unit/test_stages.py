@@ -22,7 +22,7 @@ from pipeline.run import resumed_checkpoint
 from pipeline.sparsity.schedule import Waiting
 from pipeline.stages import evaluate, sweep
 from pipeline.stages.measure import comparable, from_json, to_json
-from pipeline.stages.provenance import settle, stage_inputs
+from pipeline.stages.provenance import is_current, settle, stage_inputs
 from pipeline.stages.prune import _prune
 from pipeline.stages.training import end_step, first_step, stage_sparsity
 from pipeline.stages.verification import mask_reward
@@ -152,6 +152,33 @@ def test_a_stage_put_before_a_trained_one_is_refused_or_has_it_trained_again(tmp
     settle(longer, folder, "redo")
     assert [stage for stage in stages if folder.record(stage)] == stages[:2]
     assert len(list((tmp_path / "old").glob("*/grpo/stage.json"))) == 1
+
+
+def test_files_that_changed_under_the_same_path_are_another_input(tmp_path):
+    task, folder = tmp_path / "task.jsonl", RunFolder.open(tmp_path / "run")
+    task.write_text('{"prompt": "1", "answer": "2"}')
+    config = load_config(CONFIG, SHORT | {"task.path": str(task)})
+    for stage in ("prune", "distill"):
+        inputs = stage_inputs(stage, config, folder)
+        folder.write_record(stage, {"inputs": inputs, "done": True, "outputs": {}})
+    settle(config, folder, "auto")
+    task.write_text('{"prompt": "1", "answer": "3"}')
+    with pytest.raises(UserError, match=r"^prune: .*files of task\.path: \{'task\.jsonl': "):
+        settle(config, folder, "auto")
+
+
+def test_a_model_measured_by_itself_is_measured_again_once_its_files_have_changed(tmp_path):
+    student, folder = tmp_path / "student", RunFolder.open(tmp_path / "run")
+    student.mkdir()
+    (student / "config.json").write_text("{}")
+    values = {"run.stages": ["evaluate"], "student.path": str(student)}
+    config = load_config(CONFIG, values)
+    inputs = stage_inputs("evaluate", config, folder)
+    folder.write_record("evaluate", {"inputs": inputs, "done": True})
+    assert is_current("evaluate", config, folder)
+    (student / "config.json").write_text('{"a": 1}')
+    assert not is_current("evaluate", config, folder)
+    settle(config, folder, "auto")
 
 
 @pytest.mark.parametrize("resume", ["auto", "redo"])
