@@ -259,7 +259,7 @@ class GrpoConfig(_TrlSection):
 
     on_trouble: Literal["go_on", "stop"] = "go_on"
     """At NaN, dead batches, reward collapse or length blow-up: warn and go on, or stop the run with
-    its checkpoints kept."""
+    its checkpoints kept. Three steps in a row without a finite gradient stop it either way."""
     num_masks: Literal[1, 2] = 1
     """Masks that a group is sampled under: the present one, or half of the completions under the
     sparser one that refinement is heading for, where rewards.sparsity_weight acts."""

@@ -100,11 +100,13 @@ def prune_model(
         channels or blocks under a structured method. Pruned weights are exactly 0.
 
     Raises:
-        UserError: An argument is outside its range, or the calibration set is unfit.
+        UserError: An argument is outside its range, a weight is not finite, or the calibration set
+            is unfit.
     """
     scope = scope or default_scope(method)
     weights = {name: weight.detach() for name, weight in prunable_weights(model).items()}
     _check_arguments(method, sparsity, scope, redistribution, allocation, weights)
+    _check_finite(weights)
     moved = None
     if method == "mama" and movement:
         moved = calibration_movement(model, batches, progress)
@@ -241,6 +243,15 @@ def _check_arguments(
         _check_n_m(scope, sparsity, weights)
     for key, value, why, remedy in contradictions(method, scope, redistribution, allocation):
         raise UserError(f"prune.{key}: {value}: {why}; {remedy}")
+
+
+def _check_finite(weights: dict[str, Tensor]) -> None:
+    """Raises UserError for the first weight that no score can rank."""
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise UserError(
+                f"student.path: {name} holds values that are not finite; set a model without such"
+            )
 
 
 def _check_n_m(scope: str, sparsity: float, weights: dict[str, Tensor]) -> None:

@@ -1,5 +1,6 @@
 """Pruning a whole tiny Llama: counts, masks, redistribution, awkward inputs."""
 
+import math
 from itertools import product
 
 import pytest
@@ -345,6 +346,16 @@ def test_dead_input_channels(method, redistribution):
     )
     assert flat(weights_of(model)).isfinite().all()
     assert torch.equal(flat(weights_of(model)) != 0, flat(masks))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("method", SINGLE_WEIGHTS)
+def test_a_weight_that_is_not_finite_is_named(method, value):
+    model = make_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[2, 3] = value
+    with pytest.raises(UserError, match=r"^student\.path: model\.layers\.1\.mlp\.up_proj\.weight"):
+        prune_model(model, make_batches(), method=method, sparsity=0.5)
 
 
 @pytest.mark.parametrize("method", ["mama", "wanda", "sparsegpt"])
