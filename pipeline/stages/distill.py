@@ -3,6 +3,7 @@
 RL on a freshly pruned student is dead: every completion is wrong and every group without variance.
 """
 
+import logging
 from pathlib import Path
 
 from datasets import Dataset
@@ -19,6 +20,8 @@ from pipeline.stages.verification import open_verification
 from pipeline.training.arguments import distill_arguments
 from pipeline.training.distill_trainer import DistillTrainer
 
+logger = logging.getLogger(__name__)
+
 
 def run(
     config: Config, folder: RunFolder, inputs: TaskInputs, out: Path, checkpoint: Path | None = None
@@ -29,6 +32,7 @@ def run(
     rollouts = teacher_completions(config, folder, teacher, inputs)
     verification = open_verification(config, folder, "distill", inputs, teacher)
     arguments = distill_arguments(config, out)
+    warn_of_cut_ends(rollouts, arguments.max_length)
     model, source = open_student(config, folder, "distill")
     trainer = DistillTrainer(
         model=model,
@@ -61,6 +65,26 @@ def teacher_completions(
         max_new_tokens=config.evaluate.max_new_tokens,
         progress="teacher completions",
     )
+
+
+def warn_of_cut_ends(rollouts: list[Rollout], max_length: int | None) -> None:
+    """Says how many completions TRL will cut, whose end the student then never learns.
+
+    Args:
+        rollouts: What it learns from.
+        max_length: Most tokens of a prompt with its completion; None cuts nothing.
+    """
+    if max_length is None:
+        return
+    cut = sum(len(r.prompt_ids) + len(r.completion_ids) > max_length for r in rollouts)
+    if cut:
+        logger.warning(
+            "distill: %d of %d teacher completions have more than distill.max_length, %d tokens "
+            "with their prompt, and lose their end; set a larger one, or null",
+            cut,
+            len(rollouts),
+            max_length,
+        )
 
 
 def as_dataset(rollouts: list[Rollout]) -> Dataset:

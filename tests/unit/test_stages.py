@@ -18,9 +18,11 @@ from pipeline.evaluation.report import Measurements
 from pipeline.evaluation.sampled_accuracy import SampledAccuracy
 from pipeline.models.loading import load_tokenizer
 from pipeline.models.prunable import prunable_weights
+from pipeline.rollouts import Rollout
 from pipeline.run import resumed_checkpoint
 from pipeline.sparsity.schedule import Waiting
 from pipeline.stages import evaluate, sweep
+from pipeline.stages.distill import warn_of_cut_ends
 from pipeline.stages.measure import comparable, from_json, to_json
 from pipeline.stages.provenance import is_current, settle, stage_inputs
 from pipeline.stages.prune import _prune
@@ -258,6 +260,15 @@ def test_measurements_come_back_and_lose_what_was_taken_otherwise():
     shown = replace(found, zero_shot={"toy": TaskScore("acc", 0.5, None, 4, num_fewshot=5)})
     assert comparable(found, shown).zero_shot is None
     assert comparable(found, bare).zero_shot == found.zero_shot
+
+
+def test_completions_whose_end_is_cut_are_counted(caplog):
+    rollouts = [Rollout("p", "a", [1, 2], [3] * length, 1.0) for length in (1, 2, 3, 4)]
+    warn_of_cut_ends(rollouts, None)
+    warn_of_cut_ends(rollouts, 6)
+    assert not caplog.records
+    warn_of_cut_ends(rollouts, 4)
+    assert "2 of 4 teacher completions have more than distill.max_length, 4 tokens" in caplog.text
 
 
 @pytest.mark.parametrize(("scope", "warns"), [("matrix", True), ("model", False)])
