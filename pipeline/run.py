@@ -29,6 +29,7 @@ from pipeline.artifacts import (
 )
 from pipeline.config import Config
 from pipeline.config_loading import to_yaml
+from pipeline.disk_faults import disk_faults_named
 from pipeline.errors import UserError
 from pipeline.lock import is_taken_over, release_lock, take_lock
 from pipeline.models.paths import resolve_model
@@ -72,7 +73,8 @@ def run(config: Config, *, output_dir: Path, resume: str = "auto") -> None:
         resume: `auto`, `redo`, `never`, or the path of a checkpoint folder to resume from.
 
     Raises:
-        UserError: Bad input, or a folder whose stages were made by another config.
+        UserError: Bad input, a folder whose stages were made by another config, or a disk that
+            refuses what is written.
         Stopped: A signal asked for it; the run folder is as a resumed run needs it.
     """
     quiet_libraries()
@@ -85,13 +87,14 @@ def run(config: Config, *, output_dir: Path, resume: str = "auto") -> None:
         raise UserError(fault)
     join_ranks()
     folder = on_main(partial(RunFolder.open, output_dir))
-    owner = on_main(partial(take_lock, folder.root))
+    with disk_faults_named(folder.root):
+        owner = on_main(partial(take_lock, folder.root))
     _log_to(folder.root / "log")
     status = 1
     try:
-        if is_main():
-            (folder.root / "exit_status").unlink(missing_ok=True)
-        with acting(alone=world_size() == 1):
+        with disk_faults_named(folder.root), acting(alone=world_size() == 1):
+            if is_main():
+                (folder.root / "exit_status").unlink(missing_ok=True)
             checkpoint = on_main(partial(resumed_checkpoint, config, folder, resume))
             on_main(partial(settle, config, folder, resume))
             _run_and_tell(config, folder, inputs, checkpoint)

@@ -10,7 +10,6 @@ A broken one is named and left in place, also by rotation, until its step is sav
 written before there were manifests count as broken too: a stage that has only such begins anew.
 """
 
-import errno
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 
 from pipeline.artifacts import MASK_FILE, write_json
+from pipeline.disk_faults import is_full
 from pipeline.errors import UserError
 from pipeline.lock import check_lock
 from pipeline.ranks import is_main, on_main, wait_for_all
@@ -37,8 +37,6 @@ from pipeline.training.manifest import find_fault, flush, quick_fault, write_man
 STATE_FILE = "sparsity.json"
 TEMPORARY = "_saving"
 PREFIX = "checkpoint-"
-SPACE_LEFT = 1 << 20
-"""Bytes; torch names no reason when a write fails, so with less than this it was the space."""
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +65,7 @@ def new_checkpoint(stage: Path, step: int, limit: int | None) -> Iterator[Path]:
         wait_for_all()
         write_manifest(folder)
     except (OSError, RuntimeError, SafetensorError) as error:
-        if not _is_full(error, stage):
+        if not is_full(error, stage):
             raise
         free = shutil.disk_usage(stage).free
         shutil.rmtree(folder.parent, ignore_errors=True)
@@ -105,15 +103,6 @@ def _rotate(stage: Path, step: int, limit: int | None) -> None:
         (stage / TEMPORARY).mkdir(exist_ok=True)
         os.replace(path, stage / TEMPORARY / path.name)
     shutil.rmtree(stage / TEMPORARY, ignore_errors=True)
-
-
-def _is_full(error: BaseException | None, stage: Path) -> bool:
-    """Whether writing failed for want of space, or of quota."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    if any(f"os error {code}" in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
-        return True
-    return "inline_container" in str(error) and shutil.disk_usage(stage).free < SPACE_LEFT
 
 
 def add_sparsity(

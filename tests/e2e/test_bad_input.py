@@ -2,11 +2,12 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
 from launch.train import main
-from pipeline import lock
+from pipeline import lock, run
 from pipeline.models.loading import load_model
 from pipeline.models.paths import BUNDLED_MODEL
 
@@ -220,3 +221,16 @@ def test_a_run_that_is_refused_later_gives_its_lock_back(capsys, tmp_path):
     (tmp_path / "prune" / "stage.json").write_text('{"inputs": {}, "done": true}')
     assert "results of another config" in refused(capsys, tmp_path)
     assert not (tmp_path / "lock").exists()
+
+
+def test_a_disk_that_is_full_outside_a_checkpoint(capsys, tmp_path, monkeypatch):
+    def fill(*_):
+        Path("/dev/full").write_text("a")
+
+    monkeypatch.setitem(run.ON_RANK_0, "prune", fill)
+    arguments = ["--stages", "prune", "--output_dir", str(tmp_path / "run")]
+    assert main([*QUICKSTART, *arguments]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith(f"error: --output_dir: {tmp_path / 'run'}: no space left")
+    assert not any("Traceback" in line for line in lines)
+    assert (tmp_path / "run" / "exit_status").read_text() == "2\n"

@@ -175,7 +175,8 @@ def scenarios(folder: Path) -> Iterator[tuple[str, object]]:
         yield f"{fault} x{ranks}", lambda f=fault, r=ranks: try_fault(folder, f, r)
     for kind in DAMAGE:
         yield kind, lambda k=kind: try_damage(folder, k)
-    for fault in ("grpo:2:weights:rank0:FULL", "distill:4:weights:rank0:FULL"):
+    for fault in ("grpo:2:weights", "distill:4:weights", "prune:0:begin"):
+        fault += ":rank0:FULL"
         yield fault, lambda f=fault: try_full_disk(folder, f)
 
 
@@ -183,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns 0 where every run ended as the undisturbed one."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--go_on", action="store_true", help="leave out what the file has already")
-    parser.add_argument("--only", default="", help="faults whose name holds this")
+    parser.add_argument("--only", default="", help="faults whose name holds this; others stay")
     parser.add_argument("--folder", type=Path, help="of the runs (default a temporary one)")
     parser.add_argument("--inside", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -191,18 +192,15 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(inside_full_disk(options.inside[0], Path(options.inside[1]))))
         return 0
     folder = options.folder or Path(tempfile.mkdtemp(prefix="faults-"))
-    known = json.loads(RESULTS.read_text())["faults"] if options.go_on and RESULTS.exists() else {}
-    found = {}
+    keeps = RESULTS.exists() and (options.go_on or options.only)
+    found = json.loads(RESULTS.read_text())["faults"] if keeps else {}
     for name, try_it in scenarios(folder):
-        if name in known or options.only not in name:
-            found |= {name: known[name]} if name in known else {}
+        if options.only not in name or (options.go_on and name in found):
             continue
-        found[name] = try_it()
+        found[name] = try_it() | {"git_commit": git_commit()}
         print(name, json.dumps(found[name]), flush=True)
-        versions = installed_versions()
         record = {"command": "make soak", "seed": SEED, "date": time.strftime("%Y-%m-%d")}
-        record |= {"git_commit": git_commit(), "versions": versions, "faults": known | found}
-        write_json(RESULTS, record)
+        write_json(RESULTS, record | {"versions": installed_versions(), "faults": found})
     bad = [name for name, entry in found.items() if not entry["identical"]]
     print(f"{len(found)} faults, {len(bad)} not as the undisturbed run {' '.join(bad)}")
     return 1 if bad else 0

@@ -31,7 +31,7 @@ LEVELS = (  # imports run downwards only; rooms on one level do not know each ot
         "pipeline.ranks",
         "rewards",
     ),
-    ("pipeline.lock",),
+    ("pipeline.lock", "pipeline.disk_faults"),
     ("pipeline.errors", "pipeline.stopping"),
 )
 SAME_ROOM = {  # files of pipeline/ that belong to the room of config.py
@@ -63,6 +63,7 @@ MAY_IMPORT = {  # room: all it may import from other people
     "pipeline.config": {"annotated_types", "pydantic", "pydantic_core", "yaml"},
     "pipeline.artifacts": set(),
     "pipeline.lock": set(),
+    "pipeline.disk_faults": set(),
     "pipeline.ranks": {"torch", "accelerate"},
 }
 
