@@ -209,7 +209,9 @@ def _unknown_argument(rest: list[str]) -> str:
         return f"{rest[0]}: belongs to no option; every value follows a --KEY"
     name = option.lstrip("-")
     near = difflib.get_close_matches(f"--{name}", OPTIONS, n=1)
-    near = near or [f"--{key}" for key in nearest_keys(name)]
+    near = near or [
+        f"--{key}.KEY" if key in Config.model_fields else f"--{key}" for key in nearest_keys(name)
+    ]
     remedy = f"use {' or '.join(near)} instead" if near else "--help lists the options"
     return f"{option}: unknown option; {remedy}"
 

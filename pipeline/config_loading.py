@@ -11,7 +11,7 @@ import copy
 import difflib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -188,6 +188,8 @@ def _value_fault(detail: ErrorDetails) -> Fault:
     field, value = fields[key], detail["input"]
     why = re.sub(r"^\w+ should ", "must ", detail["msg"])
     near = difflib.get_close_matches(str(value), choices(field.annotation), n=1)
+    if near and get_origin(field.annotation) is list and not inside:
+        near = [f"[{near[0]}]"]
     remedy = f"set {near[0] if near else describe_type(field)} instead"
     return Fault(key + index, value, why, detail.get("ctx", {}).get("remedy", remedy))
 

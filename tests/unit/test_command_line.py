@@ -129,6 +129,12 @@ def test_text_values(text, value):
         (["--confg", "x"], "--confg: unknown option; use --config instead"),
         (["--outputdir=x"], "--outputdir: unknown option; use --output_dir instead"),
         (["--sparsity", "0.5"], "--sparsity: unknown option; use --prune.sparsity instead"),
+        (["--prune", "3"], "--prune: unknown option; use --prune.KEY instead"),
+        (
+            ["--stages=evaluate", "--export.formats=hf"],
+            "export.formats: hf: must be a valid list; set [hf] instead",
+        ),
+        (["--resume="], "--resume: : neither a checkpoint folder nor one of"),
         (["-config", "x"], "-config: unknown option; use --config instead"),
         (["prune"], "prune: belongs to no option"),
         (["--prune.sparsity"], "--prune.sparsity: no value given; write --prune.sparsity=VALUE"),
