@@ -181,7 +181,11 @@ class _explained:
         is_shape = isinstance(error, RuntimeError) and "mismatched" in text
         if not (is_file or is_shape) or isinstance(error, UserError):
             return False
-        if "gated" in text or "401" in text or "403" in text:
+        if "custom code" in text:
+            remedy = "it needs Python code that comes with it, which is not run; set one without"
+            if self.key.startswith("student."):
+                remedy += ", or student.trust_remote_code: true if you trust it"
+        elif "gated" in text or "401" in text or "403" in text:
             remedy = "it is gated: accept its licence on the Hub, then set HF_TOKEN"
         elif isinstance(error, OSError) and not Path(self.path).is_dir():
             remedy = (

@@ -98,6 +98,25 @@ def test_another_architecture_is_refused_with_the_list(tmp_path):
         load_model(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("key", "remedy"),
+    [
+        ("student.path", r"or student\.trust_remote_code: true if you trust it"),
+        ("teacher.path", "set one without"),
+    ],
+)
+def test_code_that_comes_with_a_model_is_not_run_unless_one_says_so(key, remedy, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(BUNDLED_MODEL, folder)
+    config = json.loads((folder / "config.json").read_text())
+    own = {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config"}}
+    (folder / "config.json").write_text(json.dumps(config | own))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(UserError, match=rf"^{key}: .* Python code that .*{remedy}$"):
+        load_model(str(folder), key=key)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_bundled_tokenizer_pads_left_with_a_token_that_ends_nothing():
     tokenizer = load_tokenizer("bundled")
     assert tokenizer.padding_side == "left"
