@@ -10,17 +10,23 @@ Left out: MLflow and Comet, whose servers give the ids; TensorBoard, the default
 its events lie in `tensorboard/<stage>/` of the run folder.
 """
 
+import difflib
 import os
 import secrets
 from pathlib import Path
 
 from transformers import TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from pipeline.artifacts import read_json, write_json
 from pipeline.config import TRAINING_STAGES, Config
 
 TRACKER_FILE = "tracker.json"
+NEVER_LISTED = ("flyte", "azure_ml")
+"""Trackers that transformers does not say it has, though it may."""
 
 
 def uses_tracker(config: Config) -> bool:
@@ -40,17 +46,17 @@ def tracker_faults(stage: str, arguments: TrainingArguments) -> list[str]:
     Returns:
         One message for each.
     """
+    installed = [*get_available_reporting_integrations(), *NEVER_LISTED]
     faults = []
     for name in arguments.report_to:
-        try:
-            (callback,) = get_reporting_integration_callbacks([name])
-            callback()
-        except (ValueError, TypeError, RuntimeError, ImportError) as error:
-            reason = str(error).rstrip(".")
-            faults.append(
-                f"{stage}.report_to: {name}: {reason}; set tensorboard or none instead, or install "
-                "what it needs"
-            )
+        if str(name) not in INTEGRATION_TO_CALLBACK:
+            near = difflib.get_close_matches(str(name), INTEGRATION_TO_CALLBACK, n=1)
+            why = f"no tracker that transformers knows; set {(near or ['tensorboard'])[0]} instead"
+        elif name not in installed:
+            why = f"not installed; pip install {name.replace('_', '-')}, or set tensorboard instead"
+        else:
+            continue
+        faults.append(f"{stage}.report_to: {name}: {why}")
     return faults
 
 
