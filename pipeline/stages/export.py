@@ -12,10 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from pipeline.artifacts import RunFolder, replaced_folder, write_json, write_text
 from pipeline.config import Config
+from pipeline.evaluation.completions import PROGRESS_DELAY_SECONDS
 from pipeline.evaluation.summary import Report
 from pipeline.export import hub, packed, semi_structured
 from pipeline.export.card import model_card, write_notices
@@ -55,7 +57,7 @@ def run(config: Config, folder: RunFolder, inputs: TaskInputs, out: Path) -> Non
     }
     report = _report(folder, source.name)
     sizes = {}
-    for name, model in models.items():
+    for name, model in tqdm(models.items(), desc="export", delay=PROGRESS_DELAY_SECONDS):
         with replaced_folder(out / name) as temporary:
             FORMATS[name].save(model, temporary)
             inputs.tokenizer.save_pretrained(temporary)
