@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -191,16 +191,25 @@ def model_fingerprint(path: str) -> dict[str, str] | str:
     if not folder.is_dir():
         return path
     files = [*folder.glob("*.safetensors"), *folder.glob("*.json")]
-    return {file.name: hash_file(file) for file in sorted(files)}
+    return {file.name: _hash(file) for file in sorted(files)}
 
 
 def data_fingerprint(path: str) -> dict[str, str]:
     """Hashes of a local file or of all files in a folder; empty for `bundled` and the Hub."""
     local = Path(path).expanduser()
     files = [local] if local.is_file() else sorted(local.rglob("*"))
-    return {
-        str(file.relative_to(local.parent)): hash_file(file) for file in files if file.is_file()
-    }
+    return {str(file.relative_to(local.parent)): _hash(file) for file in files if file.is_file()}
+
+
+def _hash(file: Path) -> str:
+    status = file.stat()
+    return _hash_once(file.resolve(), status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _hash_once(file: Path, size: int, mtime_ns: int) -> str:
+    """A process asks several times for the hash of files that may have many gigabytes."""
+    return hash_file(file)
 
 
 def stage_before(folder: RunFolder, stage: str) -> str | None:

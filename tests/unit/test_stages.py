@@ -164,7 +164,7 @@ def test_files_that_changed_under_the_same_path_are_another_input(tmp_path):
         inputs = stage_inputs(stage, config, folder)
         folder.write_record(stage, {"inputs": inputs, "done": True, "outputs": {}})
     settle(config, folder, "auto")
-    task.write_text('{"prompt": "1", "answer": "3"}')
+    task.write_text('{"prompt": "1", "answer": "33"}')
     with pytest.raises(UserError, match=r"^prune: .*files of task\.path: \{'task\.jsonl': "):
         settle(config, folder, "auto")
 
