@@ -138,7 +138,8 @@ class TeacherConfig(_Section):
     dtype: Dtype = "float32"
     """Type of the weights in memory; bfloat16 halves the teacher's memory."""
     micro_batch_size: int = Field(64, ge=1)
-    """Sequences in one teacher forward pass; lower it when memory runs out."""
+    """Sequences in one teacher forward pass of grpo; lower it when memory runs out. In distill and
+    on_policy the teacher sees the student's batch."""
     placement: Literal["device", "cpu", "zero3"] = "device"
     """In on_policy and grpo: beside the student, in the host's memory (grpo alone), or in pieces on
     all ranks (ZeRO-3)."""
