@@ -31,8 +31,8 @@ def disk_faults_named(folder: Path) -> Iterator[None]:
         if is_full(error, folder):
             free = shutil.disk_usage(folder).free
             raise UserError(
-                f"--output_dir: {folder}: no space left ({free:,} bytes are free); make room and "
-                "run the same command again to go on"
+                f"--output_dir: {folder}: no space left ({free:,} bytes are free there; caches and "
+                "temporary files need some too); make room and run the same command again to go on"
             ) from error
         if isinstance(error, OSError) and error.errno in NO_PERMISSION and _is_in(error, folder):
             raise UserError(
