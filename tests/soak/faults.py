@@ -194,10 +194,11 @@ def main(argv: list[str] | None = None) -> int:
     folder = options.folder or Path(tempfile.mkdtemp(prefix="faults-"))
     keeps = RESULTS.exists() and (options.go_on or options.only)
     found = json.loads(RESULTS.read_text())["faults"] if keeps else {}
+    commit = git_commit()
     for name, try_it in scenarios(folder):
         if options.only not in name or (options.go_on and name in found):
             continue
-        found[name] = try_it() | {"git_commit": git_commit()}
+        found[name] = try_it() | {"git_commit": commit}
         print(name, json.dumps(found[name]), flush=True)
         record = {"command": "make soak", "seed": SEED, "date": time.strftime("%Y-%m-%d")}
         write_json(RESULTS, record | {"versions": installed_versions(), "faults": found})
