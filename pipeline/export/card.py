@@ -61,7 +61,7 @@ def model_card(
         ["type of the weights", dtype],
     ]
     sections = [
-        _head(base_model, licences[0]),
+        _head(base_model, licences[0], loading_lines),
         f"# {escape(model_name(base_model, licences))}",
         *dict.fromkeys(f"**{found.attribution}**" for found in licences if found.attribution),
         table(facts),
@@ -101,9 +101,11 @@ def write_notices(folder: Path, licences: Sequence[Licence]) -> None:
         write_text(folder / "NOTICE", "\n".join([*filter(None, [old.rstrip()]), *missing]) + "\n")
 
 
-def _head(base_model: str, licence: Licence) -> str:
-    """The YAML that the Hub reads."""
-    lines = ["library_name: transformers", "tags: [pruned, sparse, arxiv:2505.14052]"]
+def _head(base_model: str, licence: Licence, loading_lines: Sequence[str]) -> str:
+    """The YAML that the Hub reads; of a library it makes a line that loads the model."""
+    lines = ["tags: [pruned, sparse, arxiv:2505.14052]"]
+    if loading_lines[0].startswith("from transformers "):
+        lines.append("library_name: transformers")
     if licence.name and re.fullmatch(r"[\w.-]+", licence.name):
         lines.append(f"license: {licence.name}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) and not Path(base_model).exists():

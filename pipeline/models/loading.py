@@ -92,11 +92,11 @@ def check_model(
     folder = Path(resolve_model(path, key))
     if not folder.is_dir():
         return
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise UserError(
-            f"{key}: {path!r} holds no weights (*.safetensors); set the folder that "
-            "save_pretrained() wrote"
+            f"{key}: {path!r} holds no weights (model*.safetensors); set the folder that "
+            "save_pretrained() wrote, of an export that of hf or narrow"
         )
     for file in files:
         with _explained(key, path), safe_open(file, framework="pt"):
@@ -181,13 +181,14 @@ class _explained:
         is_shape = isinstance(error, RuntimeError) and "mismatched" in text
         if not (is_file or is_shape) or isinstance(error, UserError):
             return False
+        is_on_hub = not Path(resolve_model(self.path, self.key)).is_dir()
         if "custom code" in text:
             remedy = "it needs Python code that comes with it, which is not run; set one without"
             if self.key.startswith("student."):
                 remedy += ", or student.trust_remote_code: true if you trust it"
-        elif "gated" in text or "401" in text or "403" in text:
+        elif is_on_hub and ("gated" in text or "401" in text or "403" in text):
             remedy = "it is gated: accept its licence on the Hub, then set HF_TOKEN"
-        elif isinstance(error, OSError) and not Path(self.path).is_dir():
+        elif is_on_hub and isinstance(error, OSError):
             remedy = (
                 "it is not on this machine and the Hub did not give it; check the spelling and the "
                 "network, unset HF_HUB_OFFLINE, or set the path of a local model folder"

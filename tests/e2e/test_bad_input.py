@@ -69,6 +69,11 @@ NO_MODEL = {
         "transformers could not load it",
     ),
     "has no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
+    "is a packed export": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "packed.safetensors"),
+        "holds no weights (model*.safetensors); set the folder that save_pretrained() wrote, of an "
+        "export that of hf or narrow",
+    ),
     "has half of its weights": (truncate, "transformers could not load it"),
     "has no tokenizer": (
         lambda folder: (folder / "tokenizer.json").unlink(),
@@ -79,7 +84,7 @@ NO_MODEL = {
 
 @pytest.mark.parametrize("what", NO_MODEL)
 def test_a_folder_that_is_no_model(capsys, tmp_path, what):
-    folder = tmp_path / "model"
+    folder = tmp_path / "model-403"  # no status of the Hub's
     shutil.copytree(BUNDLED_MODEL, folder)
     spoil, says = NO_MODEL[what]
     spoil(folder)

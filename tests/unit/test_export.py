@@ -196,6 +196,7 @@ def test_the_stage_exports_the_last_student_with_a_card(tmp_path):
         card = (out / name / "README.md").read_text()
         assert "was not measured" in card
         assert "2505.14052" in card
+        assert ("library_name: transformers" in card) == (name == "hf")
         assert load_tokenizer(str(out / name)).get_vocab() == tokenizer.get_vocab()
     assert {path.name for path in out.iterdir()} == {"hf", "packed", "export.json"}
 
