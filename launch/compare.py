@@ -10,7 +10,7 @@ what training logged too, the runs' curves over each other.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.page import render_page
 from pipeline.evaluation.run_comparison import Run, render_comparison, text_comparison
 from pipeline.evaluation.run_curves import plot_runs
+from pipeline.evaluation.summary import Report
 from pipeline.stages.training_logs import training_logs
 
 BAD_INPUT = 2
@@ -43,7 +44,7 @@ def read_run(root: Path, name: str) -> Run:
         return Run(
             name=name,
             config={f"{s}.{key}": v for s, keys in values.items() for key, v in keys.items()},
-            report=report if records.get("evaluate", {}).get("done") else {},
+            report=report if records.get("evaluate", {}).get("done") else _so_far(records),
             stages={stage: record["done"] for stage, record in records.items()},
             correct=(measured.get("student", {}).get("accuracy") or {}).get("correct"),
             logs=training_logs(folder),
@@ -57,6 +58,14 @@ def read_run(root: Path, name: str) -> Run:
 
 def _json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _so_far(records: Mapping[str, Mapping[str, Any]]) -> Report:
+    """What the stages of a run that was not evaluated have written down, as in its report."""
+    last = next(reversed(records.values()), {})
+    known = {key: last[key] for key in ("seed", "git_commit", "config_hash") if key in last}
+    seconds = {stage: found["seconds"] for stage, found in records.items() if "seconds" in found}
+    return known | ({"timing": seconds} if seconds else {})
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:

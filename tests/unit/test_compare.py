@@ -91,8 +91,13 @@ def test_pass_at_k_and_zero_shot_scores_stand_beside_each_other(tmp_path, capsys
 
 def test_an_unfinished_run_is_shown_with_what_it_has(tmp_path, capsys):
     one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", is_done=False)
+    record = {"done": True, "seconds": 75.0, "seed": 7}
+    RunFolder(tmp_path / "two").write_record("prune", record)
+    RunFolder(tmp_path / "two").write_record("evaluate", record | {"done": False, "seconds": 5.0})
     assert main([one, two]) == 0
     lines = lines_of(capsys)
+    assert lines["time"].endswith("1 min 20 s")
+    assert lines["seed"].split()[-1] == "7"
     assert lines["stages"].endswith("prune, evaluate (not done)")
     assert lines["accuracy, student"].endswith("-")
     assert "All config keys are the same." in lines
