@@ -11,9 +11,10 @@ d > 2 errors, loses where all are negative and -d > 2 errors, and else it is und
 seeds this is a modest test: normal differences of mean 0 pass it in 18 % of cases, half of them on
 each side. One verdict is a hint; the same verdict at many levels is more.
 
-No claim is made from one seed, where the other row is broken or not finite, or where the two
-measured sparsities differ. A headline row that is broken while the other is not can still lose, and
-does where all its seeds and none of the other's are not finite.
+No claim is made from fewer than three seeds (two would pass without any effect in 30 % of cases),
+where the other row is broken or not finite, or where the two measured sparsities differ. A headline
+row that is broken while the other is not can still lose, and does where all its seeds and none of
+the other's are not finite.
 
 A row is compared with the headline row if both have the same N:M pattern or none; otherwise with
 the row that has the headline's settings and its own pattern, if the sweep has one.
@@ -25,6 +26,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 from pipeline.evaluation.sweep_grid import SPARSITY_TOLERANCE, Measure, SweepGrid
+
+MIN_SEEDS = 3
+"""Paired seeds that a verdict needs."""
 
 
 class Verdict(Enum):
@@ -89,7 +93,7 @@ def compare(grid: SweepGrid, measure: Measure, row: str, level: float) -> Compar
 
 
 def _verdict(advantages: list[float], difference: float, error: float | None) -> Verdict:
-    if error is None:
+    if error is None or len(advantages) < MIN_SEEDS:
         return Verdict.NO_CLAIM
     if min(advantages) > 0 and difference > 2 * error:
         return Verdict.WINS

@@ -13,7 +13,7 @@ from pipeline.evaluation.sweep_cell_text import (
     seeds_text,
     with_error,
 )
-from pipeline.evaluation.sweep_comparison import Comparison, Verdict, compare, peer
+from pipeline.evaluation.sweep_comparison import MIN_SEEDS, Comparison, Verdict, compare, peer
 from pipeline.evaluation.sweep_grid import Measure, SweepGrid
 
 Comparisons = dict[tuple[str, float], Comparison]
@@ -94,7 +94,7 @@ def _cell(
     numbers = _numbers(measure, compared)
     if compared.num_seeds < len(grid.seeds):
         numbers += f"<br>{seeds_text(compared.num_seeds)}"
-    if compared.num_seeds == 1:
+    if compared.num_seeds < MIN_SEEDS and compared.verdict is Verdict.NO_CLAIM:
         return numbers + mark
     return f"{VERDICT_TEXTS[compared.verdict]}{mark}<br>{numbers}"
 
@@ -115,8 +115,11 @@ def _numbers(measure: Measure, compared: Comparison) -> str:
 
 
 def _summary(name: str, comparisons: Comparisons) -> str:
-    if all(compared.num_seeds == 1 for compared in comparisons.values()):
-        return f"One seed: no claim is made of {name}; the table shows what it measured."
+    if all(compared.num_seeds < MIN_SEEDS for compared in comparisons.values()):
+        return (
+            f"Fewer than {MIN_SEEDS} seeds: no claim is made of {name}; the table shows what was "
+            "measured."
+        )
     counts = Counter(compared.verdict for compared in comparisons.values())
     return (
         f"Of {len(comparisons)} comparisons {name} wins {counts[Verdict.WINS]} and loses "
