@@ -39,7 +39,7 @@ from pipeline.training.sparse_trainer import Sparsity
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = Shape(hidden_size=768, intermediate_size=2048, num_layers=4, num_heads=12, vocab_size=128)
 ENGINE_FILES = ("sparsity-*.safetensors", "trained-*.json")
-STEPS, ROUNDS = 2, 3
+STEPS, ROUNDS = 2, 15
 COMMANDS = {
     "help": ["--help"],
     "mistake": ["--config", "configs/quickstart.yaml", "--prune.sparsty", "0.5"],
