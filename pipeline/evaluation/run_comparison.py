@@ -134,7 +134,7 @@ def same_prompts(run: Run, other: Run) -> bool:
     if run.correct is None or other.correct is None or len(run.correct) != len(other.correct):
         return False
     different = differing_keys([run, other])
-    return not any(key == "run.seed" or key.startswith("task.") for key in different)
+    return not any(key.startswith("task.") for key in different)
 
 
 def _total(run: Run, key: str) -> float:

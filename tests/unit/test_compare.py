@@ -59,11 +59,14 @@ def test_numbers_stand_beside_each_other(tmp_path, capsys):
     assert "run.seed" not in lines
 
 
-@pytest.mark.parametrize("change", [{"run": {"seed": 1}}, {"task": {"path": "other.jsonl"}}])
-def test_students_of_other_prompts_are_not_paired(tmp_path, capsys, change):
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [({"task": {"path": "other.jsonl"}}, ", other prompts"), ({"run": {"seed": 1}}, "]")],
+)
+def test_students_of_other_prompts_are_not_paired(tmp_path, capsys, change, told):
     one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", CONFIG | change)
     assert main([one, two]) == 0
-    assert lines_of(capsys)["student minus that of one"].endswith("+0.0 points, other prompts")
+    assert lines_of(capsys)["student minus that of one"].endswith(told)
 
 
 def test_pass_at_k_and_zero_shot_scores_stand_beside_each_other(tmp_path, capsys):
