@@ -144,8 +144,8 @@ def _rules(grid: SweepGrid, measure: Measure, name: str) -> str:
             "the mean is more than two standard errors from 0. With three seeds, differences "
             "without any effect pass this in 18 % of cases: one verdict is a hint, a row of them "
             "is more.",
-            "No claim: one seed, a row that is broken "
-            f"({BROKEN}) or not finite, or measured sparsities more than 0.005 apart.",
+            f"No claim: fewer than {MIN_SEEDS} seeds, a row that is broken ({BROKEN}) or not "
+            "finite, or measured sparsities more than 0.005 apart.",
         ]
     left_out = [row for row in grid.rows if peer(grid, row) is None]
     if left_out:
