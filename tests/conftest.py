@@ -1,12 +1,14 @@
-"""What every test gets: one torch thread, no network, no Hub, and no skip that goes unnoticed.
+"""What every test gets: one torch thread, no network or Hub, its own log, and no unnoticed skip.
 
 With `REQUIRE_ALL=1`, as in `.ci/run`, a skipped test or test file counts as failed; only a test
 marked `gpu` may skip, because no command can install a GPU.
 """
 
+import logging
 import os
 import socket
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -35,6 +37,21 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", connect_locally)
+
+
+@pytest.fixture(autouse=True)
+def log_handlers_end_with_their_test() -> Iterator[None]:
+    """Removes what a run in this process attached to the root logger.
+
+    Its stream is the terminal that pytest made for one test and closes after it. Libraries reach
+    the root logger too: transformers, where the environment says `CI=true`.
+    """
+    root = logging.getLogger()
+    before = list(root.handlers)
+    yield
+    for handler in set(root.handlers) - set(before):
+        root.removeHandler(handler)
+        handler.close()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 NUM_CONFIGS = {
     "configs": 8,
     "configs/accelerate": 7,
-    "configs/benchmark": 4,
+    "configs/benchmark": 5,
     "configs/grid": 4,
 }
 
