@@ -15,10 +15,10 @@ without attention's S x S scores, which fused kernels do not keep. For a tiny Ll
 within 1 % of the bytes that autograd saves (tests/unit/test_doctor_memory.py). With gradient
 checkpointing each layer keeps its input alone, and one layer is computed again at a time.
 
-Logits. grpo and on_policy project tokens in pieces, never all at once; a piece is at most
-`chunked_head.MAX_LOGITS` fp32 values, with gradients five of them. distill holds them whole: of B
-sequences with T scored tokens out of S, max(3 B S + 3 B T, B S + 7 B T) V fp32 values at once,
-which the same test finds within 6 % of the peak it measures; autocast adds B S V in bf16.
+Logits. Tokens are projected in pieces, never all at once; a piece is at most
+`chunked_head.MAX_LOGITS` fp32 values. With gradients five of them live at once; in distill, where
+the teacher's are made beside the student's, seven, which the same test finds within 6 % of the peak
+it measures.
 
 Sampling. Keys and values of every sequence that is sampled at once: 2 K values for each token and
 layer, fp32, or bf16 under DeepSpeed with bf16.
@@ -46,8 +46,8 @@ class Pass:
     """Tokens of the longest completion."""
     checkpointing: bool
     """Whether activations are computed again in the backward pass."""
-    whole_logits: bool
-    """Whether the logits of all tokens are held, as in distill."""
+    beside_teacher: bool
+    """Whether the teacher's logits are made beside the student's, as in distill."""
 
     @property
     def length(self) -> int:
@@ -79,14 +79,11 @@ def activation_bytes(shape: ModelShape, work: Pass, precision: str) -> float:
     return tokens * (layer_input * shape.num_layers + one_layer)
 
 
-def logit_bytes(shape: ModelShape, work: Pass, precision: str) -> float:
+def logit_bytes(shape: ModelShape, work: Pass) -> float:
     """Logits and what the loss makes of them."""
-    tokens, scored = work.sequences * work.length, work.sequences * work.completion
-    if not work.whole_logits:
-        return 5 * 4 * min(MAX_LOGITS, scored * shape.vocabulary)
-    values = max(3 * tokens + 3 * scored, tokens + 7 * scored)
-    copy = 0 if precision == "fp32" else 2 * tokens
-    return (4 * values + copy) * shape.vocabulary
+    scored = work.sequences * work.completion
+    pieces = 7 if work.beside_teacher else 5
+    return pieces * 4 * min(MAX_LOGITS, scored * shape.vocabulary)
 
 
 def sampling_bytes(shape: ModelShape, work: Pass, precision: str) -> float:
@@ -101,10 +98,10 @@ def teacher_pass_bytes(shape: ModelShape, sequences: int, work: Pass) -> float:
     Args:
         shape: Of the teacher.
         sequences: At once, `teacher.micro_batch_size`.
-        work: Of the stage; where it holds whole logits the teacher's are counted there.
+        work: Of the stage; logits that are made beside the student's are counted there.
     """
     sequences = min(sequences, work.sampled or work.sequences)
     layer = sequences * work.length * layer_bytes(shape, work.length, "fp32")
-    if work.whole_logits:
+    if work.beside_teacher:
         return layer
     return layer + 4 * 4 * min(MAX_LOGITS, sequences * work.completion * shape.vocabulary)

@@ -94,7 +94,7 @@ def pass_of(config: Config, stage: str, arguments: Any, longest_prompt: int) -> 
         prompt=prompt,
         completion=completion,
         checkpointing=arguments.gradient_checkpointing,
-        whole_logits=stage == "distill",
+        beside_teacher=stage == "distill",
     )
 
 
@@ -133,7 +133,7 @@ def memory_row(
         movement_bytes=2 if config.movement.dtype == "bfloat16" else 4,
         lora_rank=config.lora.r,
     )
-    training = activation_bytes(student, work, precision) + logit_bytes(student, work, precision)
+    training = activation_bytes(student, work, precision) + logit_bytes(student, work)
     training += 2 * student.num_weights if precision == "autocast" else 0
     placement = "device" if stage == "distill" else config.teacher.placement
     if placement == "zero3" and layout != "ZeRO-3":

@@ -7,20 +7,22 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from pipeline.doctor import activations
 from pipeline.doctor.activations import (
     Pass,
     activation_bytes,
     layer_bytes,
     logit_bytes,
     sampling_bytes,
+    teacher_pass_bytes,
 )
 from pipeline.doctor.memory import teacher_bytes, training_states
 from pipeline.doctor.shapes import meta_model, shape_of
-from pipeline.models.chunked_head import MAX_LOGITS
+from pipeline.models.chunked_head import MAX_LOGITS, chunked_head
 from pipeline.models.prunable import prunable_weights
 from pipeline.sparsity.shards import plain_shards
 from pipeline.sparsity.state import SparsityState
-from pipeline.training.distill_trainer import forward_kl
+from pipeline.training.distill_trainer import completion_losses
 
 LLAMA_1B = LlamaConfig(
     vocab_size=128256,
@@ -41,7 +43,7 @@ LLAMA_8B = LlamaConfig(
     num_key_value_heads=8,
 )
 WORK = Pass(
-    sequences=4, sampled=8, prompt=24, completion=40, checkpointing=False, whole_logits=False
+    sequences=4, sampled=8, prompt=24, completion=40, checkpointing=False, beside_teacher=False
 )
 
 
@@ -179,12 +181,12 @@ def test_teacher_by_placement():
     assert (on_device, on_host) == (2 * size / 4 + 2 * model.largest_layer, 0)
 
 
-@pytest.mark.parametrize("completion", [16, 48])
-def test_whole_logits_are_what_distillation_holds(completion):
+@pytest.mark.parametrize("chunk", [32, 128])
+def test_pieces_of_logits_are_what_distillation_holds(chunk, monkeypatch):
     config = LlamaConfig(
-        vocab_size=8000,
-        hidden_size=16,
-        intermediate_size=32,
+        vocab_size=32000,
+        hidden_size=4,
+        intermediate_size=8,
         num_hidden_layers=1,
         num_attention_heads=2,
         tie_word_embeddings=True,
@@ -192,30 +194,30 @@ def test_whole_logits_are_what_distillation_holds(completion):
     model, teacher = LlamaForCausalLM(config), LlamaForCausalLM(config)
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
-    work = replace(
-        WORK, sequences=2, prompt=64 - completion, completion=completion, whole_logits=True
-    )
+    work = replace(WORK, sequences=2, prompt=16, completion=48, beside_teacher=True)
     ids = torch.arange(2 * 64).reshape(2, 64)
-    scored = torch.zeros(2, 63, dtype=torch.bool)
-    scored[:, -completion:] = True
+    labels = ids.masked_fill(torch.arange(64) < 16, -100)
+    head = chunked_head(model)
+    monkeypatch.setattr(head, "max_logits", chunk * 32000)
+    monkeypatch.setattr(activations, "MAX_LOGITS", chunk * 32000)
     tracker = MemTracker()
     tracker.track_external(model)
     with tracker:
-        student = model(input_ids=ids, use_cache=False).logits
-        chosen = student[:, :-1][scored]
-        with torch.no_grad():
-            wanted = teacher(input_ids=ids, use_cache=False).logits[:, :-1][scored]
-        forward_kl(chosen, wanted).sum().backward()
+        losses = completion_losses(model, head, teacher, ids, torch.ones_like(ids), labels)
+        losses.sum().backward()
     (peak,) = tracker.get_tracker_snapshot("peak").values()
     held = 3 * sum(weight.nbytes for weight in model.parameters())  # gradients, and the teacher
     shape = shape_of(model)
-    estimate = logit_bytes(shape, work, "fp32") + activation_bytes(shape, work, "fp32")
+    estimate = logit_bytes(shape, work) + activation_bytes(shape, work, "fp32")
     assert estimate == pytest.approx(peak["Total"] - held, rel=0.06)
 
 
 def test_logits_and_sampling():
     model = shape(LLAMA_1B)
-    assert logit_bytes(model, replace(WORK, sequences=64), "fp32") == 20 * MAX_LOGITS
-    whole = replace(WORK, whole_logits=True)
-    assert logit_bytes(model, whole, "fp32") == 4 * (256 + 7 * 160) * 128256
+    assert logit_bytes(model, replace(WORK, sequences=64)) == 20 * MAX_LOGITS
+    distil = replace(WORK, beside_teacher=True)
+    assert logit_bytes(model, distil) == 4 * 7 * 160 * 128256
+    assert teacher_pass_bytes(model, 4, WORK) - teacher_pass_bytes(model, 4, distil) == (
+        4 * 4 * 160 * 128256
+    )
     assert sampling_bytes(model, WORK, "fp32") == 8 * 64 * 64 * 1024  # 64 KiB a token

@@ -180,11 +180,11 @@ def distill_trainer(tokenizer, out, max_steps):
     return trainer
 
 
-def test_distill_loss_is_the_mean_over_completion_tokens(tokenizer, tmp_path):
+@pytest.mark.parametrize("chunk", [1, 2, 1000])
+def test_distill_loss_is_the_mean_over_completion_tokens(tokenizer, tmp_path, chunk):
     trainer = distill_trainer(tokenizer, tmp_path, 1)
     model, teacher = trainer.model.eval(), trainer.teacher
-    batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])
-    loss = trainer.compute_loss(model, dict(batch))
+    weights = dict(model.named_parameters())
     expected, count = 0.0, 0
     for prompt, completion in (([5, 13, 7, 15], [11, 12, 1]), ([9, 15], [8, 1])):
         for index, token in enumerate(completion):
@@ -192,7 +192,14 @@ def test_distill_loss_is_the_mean_over_completion_tokens(tokenizer, tmp_path):
             log_q, log_p = (m(ids).logits[0, -1].log_softmax(-1) for m in (model, teacher))
             expected += (log_p.exp() * (log_p - log_q)).sum() - 0.5 * log_q[token]
             count += 1
+    gradients = torch.autograd.grad(expected / count, weights.values())
+    model.lm_head.max_logits = chunk * model.config.vocab_size  # tokens of a chunk
+    batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])
+    loss = trainer.compute_loss(model, dict(batch))
+    loss.backward()
     assert loss.item() == pytest.approx((expected / count).item(), rel=1e-5)
+    for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
+        torch.testing.assert_close(weight.grad, gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_a_resumed_run_ends_bit_identical_to_the_straight_one(tokenizer, tmp_path):
