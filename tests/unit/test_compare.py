@@ -63,7 +63,7 @@ def test_numbers_stand_beside_each_other(tmp_path, capsys):
     ("change", "told"),
     [({"task": {"path": "other.jsonl"}}, ", other prompts"), ({"run": {"seed": 1}}, "]")],
 )
-def test_students_of_other_prompts_are_not_paired(tmp_path, capsys, change, told):
+def test_only_students_of_the_same_prompts_are_paired(tmp_path, capsys, change, told):
     one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", CONFIG | change)
     assert main([one, two]) == 0
     assert lines_of(capsys)["student minus that of one"].endswith(told)
